@@ -1,0 +1,164 @@
+"""Sampling: integrate a DiT's velocity from noise (t = 1) to latents (t = 0) with Euler steps, and decode them.
+
+    python sample.py                                          # the newest run's model, else the bundled demo -> samples.png
+    python sample.py --classes star heart --scale 1.5         # two classes, classifier-free guidance
+    torchrun --nproc_per_node=8 sample.py --run release:imagenet256 --npz samples.npz --num 50000     # for fid.py
+
+An image is a function of (seed, its index, the model), whatever the batch size or the number of ranks.
+B images, N tokens, D channels of a token, y labels, v velocity. Source: arXiv 2510.11690, section 5 and appendix.
+"""
+import argparse
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
+
+from rae import UserError, at_least, load_rae, mix, newest, normals, start
+from train_dit import RELEASED, load_dit, time_shift
+
+
+def sample_times(steps, alpha):
+    """steps + 1 times from 1 to 0: the uniform grid, shifted as in training."""
+    return time_shift(torch.linspace(1, 0, steps + 1), alpha)
+
+
+def euler(velocity, z, times):
+    """Integrate dz/dt = velocity(z, t) over descending times (a CPU tensor): one evaluation per step."""
+    for t, t_next in zip(times[:-1], times[1:]):
+        z = z - (t - t_next) * velocity(z, t)
+    return z
+
+
+def guided(model, y, scale=1.0, weak=None, interval=(0, 1)):
+    """velocity(z, t) for the labels y (B,): plain (scale 1), classifier-free, or guided by a weaker model (AutoGuidance).
+
+    v_other + scale (v - v_other), v_other from the null label or from `weak`; outside `interval` (both ends in it) plain v.
+    """
+    def velocity(z, t):
+        time = t.to(z.device, z.dtype).expand(len(z))                         # (B,)
+        if scale == 1 or not interval[0] <= float(t) <= interval[1]:
+            return model(z, time, y)
+        if weak is not None:
+            return torch.lerp(weak(z, time, y), model(z, time, y), scale)
+        null = torch.full_like(y, model.num_classes)
+        v, v_null = model(z.repeat(2, 1, 1), time.repeat(2), torch.cat([y, null])).chunk(2)      # one batch of 2B
+        return torch.lerp(v_null, v, scale)
+    return velocity
+
+
+@torch.no_grad()
+def generate(model, rae, labels, keys, alpha, steps=50, scale=1.0, weak=None, interval=(0, 1), dtype="fp32"):
+    """labels (B,), keys (B,) -> images (B,3,H,W) in [0,1]; noise is drawn on the CPU, the same for every device."""
+    device = rae.mean.device
+    noise = normals(keys, rae.num_tokens * rae.token_dim, torch.device("cpu")).view(-1, rae.num_tokens, rae.token_dim)
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
+        z = euler(guided(model, labels.to(device), scale, weak, interval), noise.to(device), sample_times(steps, alpha))
+        return rae.decode(z).float().clamp(0, 1)
+
+
+def balanced_label(seed, index, num_classes):
+    """Labels (B,) of image indices (B,): every block of num_classes indices is a shuffle of all classes, a function of
+    (seed, index); so the set is class-balanced and in shuffled order, and stays so if it is cut or made longer."""
+    blocks = {int(block): torch.randperm(num_classes, generator=torch.Generator().manual_seed(int(mix(seed, 1, int(block)))))
+              for block in (index // num_classes).unique()}
+    return torch.stack([blocks[i // num_classes][i % num_classes] for i in index.tolist()])
+
+
+def pick_classes(names, classes):
+    """Class names or indices given by the user -> indices; `none` -> the null class."""
+    if names == ["none"]:
+        return [len(classes)]
+    known = {str(i): i for i in range(len(classes))} | {str(name): i for i, name in enumerate(classes)}
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"unknown class {', '.join(unknown)}: the model knows {', '.join(map(str, classes[:10]))}"
+                        f"{', ...' if len(classes) > 10 else ''}, or an index below {len(classes)}")
+    return [known[name] for name in names]
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--run", help="run folder, dit.pt or release:NAME (default: the newest out/*/dit.pt, else the bundled demo)")
+    add("--weights", help="folder with the released files, in place of the hub")
+    add("--classes", nargs="+", help="names or indices; `none`: unconditional (default: all, ten of them where there are more)")
+    add("--num", type=at_least(1), help="images in all (default: 8 per class; with --npz 50000)")
+    add("--npz", help="write this .npz for fid.py: class-balanced, shuffled, uint8 arr_0 (N,H,W,3)")
+    add("--out", default="samples.png", help="the grid's file: a column per class")
+    add("--steps", type=at_least(1), default=50, help="Euler steps = evaluations of the model")
+    add("--scale", type=float, help="guidance scale; 1: none (default: 1, the released pairs': the paper's)")
+    add("--guide", help="AutoGuidance by this weaker model (run folder, dit.pt or release:NAME); else classifier-free")
+    add("--interval", type=float, nargs=2, default=(0, 1), metavar=("LO", "HI"), help="guide at times in [LO, HI] only")
+    add("--seed", type=int, default=0)
+    add("--batch", type=at_least(1), default=80, help="images at a time on each rank; changes no picture")
+    add("--dtype", choices=("fp32", "bf16"), help="default: bf16 on GPUs, fp32 on CPUs")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    device, rank, world = start()
+    run = str(args.run or newest("dit.pt"))
+    model = load_dit(run, device, weights=args.weights)
+    rae = load_rae(model.rae, device, decode_only=True, weights=args.weights)
+    guide, scale = args.guide, args.scale or 1.0
+    if run.startswith("release:") and args.scale is None and not guide:       # the paper's AutoGuidance
+        guide, scale = f"{run}/weak", RELEASED[run[8:]][3]
+    weak = load_dit(guide, device, weights=args.weights) if guide else None
+    dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    classes = model.classes
+    if (model.config["tokens"], model.config["token_dim"]) != (rae.num_tokens, rae.token_dim):
+        raise UserError(f"{run} makes {model.config['tokens']} x {model.config['token_dim']} latents, but {model.rae} decodes"
+                        f" {rae.num_tokens} x {rae.token_dim}")
+    if weak and weak.config["token_dim"] != rae.token_dim:
+        raise UserError(f"--guide {guide} has token dimension {weak.config['token_dim']}, the model {rae.token_dim}")
+    columns = pick_classes(args.classes or list(map(str, range(0, len(classes), max(1, len(classes) // 10)))), classes)
+    if args.classes == ["none"] and scale != 1 and not weak:
+        raise UserError("classifier-free guidance needs classes: --classes none goes with --scale 1 or with --guide")
+    num = args.num or (50_000 if args.npz else 8 * len(columns))
+
+    # Every rank makes its share of the indices and writes it into one array on disk
+    out = Path(args.npz or args.out)
+    pixels = Path(f"{out}.part.npy")
+    side = rae.image_size * rae.upsample
+    if rank == 0:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        np.lib.format.open_memmap(pixels, "w+", np.uint8, (num, side, side, 3))
+        print(f"{run} with {model.rae}: {num} images, {args.steps} steps, "
+              + (f"guidance {scale:g} by {guide or 'the null class'} in {list(args.interval)}" if scale != 1 else "no guidance"))
+    dist.barrier()
+    array, begun = np.lib.format.open_memmap(pixels, "r+"), time.time()
+    labels = torch.arange(num)
+    labels = balanced_label(args.seed, labels, len(classes)) if args.npz and not args.classes else \
+        torch.tensor(columns)[labels % len(columns)]
+    mine = torch.arange(rank, num, world)
+    for index in tqdm(mine.split(args.batch), disable=rank > 0, unit="batch"):
+        images = generate(model, rae, labels[index], mix(args.seed, 0, index), model.alpha, args.steps, scale, weak,
+                          args.interval, dtype)
+        array[index.numpy()] = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    array.flush()
+    dist.barrier()
+
+    if rank == 0:
+        if args.npz:                                                          # the array goes into the archive as it is
+            with zipfile.ZipFile(out, "w") as archive:
+                archive.write(pixels, "arr_0.npy")
+                with archive.open("labels.npy", "w") as file:
+                    np.lib.format.write_array(file, labels.numpy())
+        else:
+            images = torch.from_numpy(np.array(array)).permute(0, 3, 1, 2).float() / 255
+            zoom = max(1, 96 // side)                                         # small pictures are shown larger
+            images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+            save_image(make_grid(images, nrow=len(columns)), out)
+        pixels.unlink()
+        after = f"python fid.py {out} REFERENCE" if args.npz else "python train_dit.py --help"
+        print(f"wrote {out}: {num} images in {time.time() - begun:.1f} s. Next: {after}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

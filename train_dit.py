@@ -1,0 +1,443 @@
+"""Stage 2: train a diffusion transformer (DiT, or DiT^DH with a DDT head) by flow matching on the latents of an RAE.
+
+    x_t = (1 - t) z + t eps,  v = d x_t / dt = eps - z,  loss = || DiT(x_t, t, y) - v ||^2,  t = 1 is noise
+
+    python train_dit.py                                                # on the newest autoencoder under out/
+    torchrun --nproc_per_node=8 train_dit.py --width 1152 --head 2048  # DiT^DH-XL, the paper's best
+
+Starting the same command again resumes. Writes dit.pt, log.jsonl and samples/*.png into the run's folder.
+B images, N tokens, D channels of a token, W backbone width, H head width. Source: arXiv 2510.11690, sections 4 and 5.
+"""
+import argparse
+import math
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.utils import save_image
+
+from rae import (ENCODERS, HUB, RAE, ROOT, Order, StopSignal, UserError, at_least, attention, average, batches, best_dtype,
+                 count_flops, describe, fetch, load_rae, load_strict, log, mix, newest, normals, open_data, open_val,
+                 read_weights, resume, save_checkpoint, sincos_2d, start, unwrap)
+
+SIZES = {  # width: depth, heads
+    192:  (6, 6),        # for the encoder `tiny`
+    384:  (12, 6),       # S
+    768:  (12, 12),      # B
+    1024: (24, 16),      # L
+    1152: (28, 16),      # XL
+}
+
+
+# Time: which noise levels the model trains on
+
+def shift_alpha(tokens, token_dim, base=4096):
+    """The dimension-dependent shift alpha = sqrt(m / n), m = tokens x token_dim, n = base (section 4.2)."""
+    return math.sqrt(tokens * token_dim / base)
+
+
+def time_shift(t, alpha):
+    """t in [0,1] -> alpha t / (1 + (alpha - 1) t) in [0,1]: alpha > 1 moves time towards noise."""
+    return alpha * t / (1 + (alpha - 1) * t)
+
+
+# The model
+
+def rope_angles(side, head_dim):
+    """2-D rotary angles (side*side, head_dim/2): rows turn the first half of a head's channels, columns the second."""
+    frequencies = 10000.0 ** -(torch.arange(head_dim // 4, dtype=torch.float64) / (head_dim // 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies                   # (side, head_dim/4)
+    rows, columns = angles[:, None].expand(-1, side, -1), angles[None].expand(side, -1, -1)
+    return torch.cat([rows, columns], 2).reshape(side * side, head_dim // 2)
+
+
+def rotate(x, cos, sin):
+    """Turn each interleaved pair of channels of x (B,heads,N,head_dim) by its angle; cos, sin (N, head_dim/2)."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).to(x.dtype)
+
+
+class TimeEmbedder(nn.Module):
+    """t (B,) -> (B, width): 256 fixed random Fourier frequencies, then an MLP."""
+    def __init__(self, width):
+        super().__init__()
+        self.register_buffer("W", torch.randn(256))
+        self.mlp = nn.Sequential(nn.Linear(512, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t):
+        angles = 2 * math.pi * t.float()[:, None] * self.W                    # (B, 256)
+        return self.mlp(torch.cat([angles.sin(), angles.cos()], 1))
+
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):                                                     # in fp32 whatever autocast says
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads, self.qkv, self.proj = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x, cos, sin):
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)       # (B, heads, N, head_dim)
+        x = attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        return self.proj(x.transpose(1, 2).flatten(2))                        # (B, N, width)
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        hidden = int(2 / 3 * int(4 * width))
+        self.w12, self.w3 = nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
+
+    def forward(self, x):
+        a, b = self.w12(x).chunk(2, -1)
+        return self.w3(F.silu(a) * b)
+
+
+class Block(nn.Module):
+    """LightningDiT block with adaLN-zero; the condition c is one vector per image (B,1,W) or per token (B,N,W)."""
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1, self.norm2 = RMSNorm(width, eps=1e-6), RMSNorm(width, eps=1e-6)
+        self.attn, self.mlp = Attention(width, heads), SwiGLU(width)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x, c, cos, sin):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, -1)
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, cos, sin)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, width, token_dim):
+        super().__init__()
+        self.norm_final, self.linear = RMSNorm(width, eps=1e-6), nn.Linear(width, token_dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, -1)
+        return self.linear(self.norm_final(x) * (1 + scale) + shift)
+
+
+class DiT(nn.Module):
+    """Diffusion transformer on latent tokens; head > 0 adds a DDT head of that width (DiT^DH), 0 leaves it out.
+
+    Parameters carry the released checkpoints' names. Errors: a width that its heads do not divide into a head dim that is
+    a multiple of 4 (2-D RoPE), tokens that form no square. Source: sections 4.1 (width >= token_dim) and 5 (DiT^DH).
+    """
+    def __init__(self, tokens=256, token_dim=768, width=1152, depth=28, heads=16, head=2048, head_depth=2, head_heads=16,
+                 num_classes=1000):
+        super().__init__()
+        self.config = dict(tokens=tokens, token_dim=token_dim, width=width, depth=depth, heads=heads, head=head,
+                           head_depth=head_depth, head_heads=head_heads, num_classes=num_classes)
+        self.num_classes, self.depth, self.head, side = num_classes, depth, head, math.isqrt(tokens)
+        for what, w, h in (("width", width, heads), ("head", head, head_heads)):
+            if w % h or w // h % 4:
+                raise UserError(f"{what} {w} does not divide into {h} heads of a multiple of 4 channels each (2-D RoPE);"
+                                f" change --{what} or --{'head-' * (what == 'head')}heads")
+        if side * side != tokens:
+            raise UserError(f"{tokens} tokens do not form a square")
+        self.s_embedder = nn.Linear(token_dim, width)
+        self.register_buffer("pos_embed", sincos_2d(side, width)[None])       # (1, N, W)
+        self.t_embedder, self.y_embedder = TimeEmbedder(width), nn.Embedding(num_classes + 1, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        angles = {"": rope_angles(side, width // heads)}
+        if head:
+            self.x_embedder = nn.Linear(token_dim, head)
+            self.s_projector = nn.Linear(width, head) if head != width else nn.Identity()
+            self.blocks.extend(Block(head, head_heads) for _ in range(head_depth))
+            angles["head_"] = rope_angles(side, head // head_heads)
+        for name, a in angles.items():
+            self.register_buffer(f"{name}cos", a.cos().float(), persistent=False)            # (N, head_dim/2)
+            self.register_buffer(f"{name}sin", a.sin().float(), persistent=False)
+        self.final_layer = FinalLayer(head or width, token_dim)
+        self.initialize()
+
+    def initialize(self):
+        linears = [module for module in self.modules() if isinstance(module, nn.Linear)]
+        embedders = [self.s_embedder] + ([self.x_embedder] if self.head else [])
+        for linear in embedders if self.head else linears:                    # DiT^DH keeps torch's default elsewhere
+            nn.init.xavier_uniform_(linear.weight), nn.init.zeros_(linear.bias)
+        for weight in (self.y_embedder.weight, self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight):
+            nn.init.normal_(weight, std=0.02)
+        for layer in [*self.blocks, self.final_layer]:                        # every block starts as the identity
+            nn.init.zeros_(layer.adaLN_modulation[1].weight), nn.init.zeros_(layer.adaLN_modulation[1].bias)
+        nn.init.zeros_(self.final_layer.linear.weight), nn.init.zeros_(self.final_layer.linear.bias)
+
+    def forward(self, x_t, t, y):
+        """x_t (B,N,D), t (B,) in [0,1], y (B,) int64, num_classes being the null class -> v (B,N,D) in fp32."""
+        t_e, y_e = self.t_embedder(t)[:, None], self.y_embedder(y)[:, None]   # (B, 1, W)
+        c = F.silu(t_e + y_e) if self.head else t_e + y_e                     # (B, 1, W); silu twice, as released
+        x = self.s_embedder(x_t) + self.pos_embed                             # (B, N, W)
+        for block in self.blocks[:self.depth]:
+            x = block(x, c, self.cos, self.sin)
+        if self.head:
+            c = self.s_projector(F.silu(t_e + x))                             # (B, N, H): a condition for every token
+            x = self.x_embedder(x_t)                                          # (B, N, H): x_t again
+            for block in self.blocks[self.depth:]:
+                x = block(x, c, self.head_cos, self.head_sin)
+        return self.final_layer(x, c).float()                                 # (B, N, D)
+
+
+def flow_matching_loss(model, z, y, alpha, keys=None, label_dropout=0.0, time="logit-normal"):
+    """Mean squared error of the velocity (section 3.2); z (B,N,D) clean latents, y (B,) labels, alpha the time shift.
+
+    keys (B,) make eps, t and label dropout functions of the sample; None draws from torch's global generator.
+    """
+    B, N, D = z.shape
+    draws = torch.randn(B, N * D + 2, device=z.device) if keys is None else normals(keys, N * D + 2, z.device)
+    eps, u, coin = draws[:, :-2].view(B, N, D), draws[:, -2], torch.special.ndtr(draws[:, -1])
+    t = time_shift(torch.sigmoid(u) if time == "logit-normal" else torch.special.ndtr(u), alpha)       # (B,)
+    if label_dropout:
+        y = torch.where(coin < label_dropout, getattr(model, "module", model).num_classes, y)
+    x_t = torch.lerp(z, eps, t[:, None, None])                                # (1-t) z + t eps
+    return F.mse_loss(model(x_t, t, y), eps - z)                              # v = d x_t / dt
+
+
+# Files
+
+RELEASED = {  # name: autoencoder (rae.RELEASED), model, AutoGuidance's weak model, guidance scale; files in rae.HUB
+    "imagenet256": ("dinov2_b", "DiTs/Dinov2/wReg_base/ImageNet256/DiTDH-XL/stage2_model.pt",
+                    "DiTs/Dinov2/wReg_base/ImageNet256/DiTDH-S_ep14/stage2_model.pt", 1.42),
+    "imagenet512": ("dinov2_b_512", "DiTs/Dinov2/wReg_base/ImageNet512/DiTDH-XL_ep400/stage2_model.pt",
+                    "DiTs/Dinov2/wReg_base/ImageNet512/DiTDH-S_ep20/stage2_model.pt", 1.5),
+}
+
+
+def config_of(state, heads=None, head_heads=None):
+    """DiT's arguments read off a released state dict; head counts from its RoPE buffers unless given."""
+    (_, tokens, width), blocks = state["pos_embed"].shape, sum(key.endswith(".norm1.weight") for key in state)
+    head = state["x_embedder.proj.weight"].shape[0] if "s_embedder.proj.weight" in state else 0
+    widths = [state[f"blocks.{i}.norm1.weight"].shape[0] for i in range(blocks)]
+    head_depth = 0 if not head else 2 if head == width else widths.count(head)
+
+    def count(rope, width, given, default):                                   # head dim = columns of the RoPE buffer
+        buffer = state.get(f"{rope}.freqs_cos")
+        return given or (default if buffer is None else width // buffer.shape[1])
+    return dict(tokens=tokens, token_dim=state["final_layer.linear.weight"].shape[0], width=width, depth=blocks - head_depth,
+                heads=count("enc_feat_rope" if head else "feat_rope", width, heads, SIZES.get(width, (0, 16))[1]),
+                head=head, head_depth=head_depth, head_heads=count("dec_feat_rope", head, head_heads, 16),
+                num_classes=state["y_embedder.embedding_table.weight"].shape[0] - 1)
+
+
+def load_dit(path_or_name, device="cpu", weights=None, **overrides):
+    """A DiT for use (EMA, eval mode) from our dit.pt or its run folder, a released stage2_model.pt, or `release:NAME`
+    (`release:NAME/weak`: its AutoGuidance model). overrides: heads, head_heads, where a released file lacks the RoPE
+    buffers. Missing, foreign or misshapen keys are an error that names them."""
+    name = str(path_or_name)
+    if name.startswith("release:"):
+        name, _, weak = name[8:].partition("/")
+        if name not in RELEASED:
+            raise UserError(f"unknown release:{name}; there are {', '.join('release:' + key for key in RELEASED)}")
+        path = fetch(HUB, RELEASED[name][2 if weak else 1], "--weights DIR", weights)
+    else:
+        path = Path(name) / "dit.pt" if Path(name).is_dir() else Path(name)
+    saved = read_weights(path)
+    if not isinstance(saved, dict):
+        raise UserError(f"{path} holds no state dict")
+    if "config" in saved:                                                     # ours
+        config, state = saved["config"], {key: value.float() for key, value in saved["ema"].items()}
+        if "width" not in config:
+            raise UserError(f"{path} is a checkpoint of another kind; a dit.pt, which train_dit.py writes, is expected")
+    else:
+        state = {key: value.float() for key, value in unwrap(saved).items()}
+        try:
+            config = config_of(state, **overrides)
+        except KeyError as error:
+            raise UserError(f"{path} is neither a dit.pt nor a released model: {error} is not in it") from None
+        if not config["head"]:                                                # the release calls it x_embedder there
+            state = {key.replace("x_embedder.", "s_embedder."): value for key, value in state.items()}
+        state = {key.replace("embedder.proj.", "embedder.").replace("y_embedder.embedding_table.", "y_embedder."): value
+                 for key, value in state.items() if "feat_rope." not in key}
+        for key in ("s_embedder.weight", "x_embedder.weight"):                # 1x1 convolutions there, linears here
+            if key in state:
+                state[key] = state[key].flatten(1)
+    model = DiT(**config)
+    load_strict(model, state, str(path))
+    own = saved if "config" in saved else {}                                  # what sampling needs beside the weights
+    model.alpha = own.get("alpha") or shift_alpha(config["tokens"], config["token_dim"])
+    model.classes = own.get("classes") or list(range(config["num_classes"]))
+    model.rae = f"release:{RELEASED[name][0]}" if name in RELEASED else own.get("rae") or str(path.parent / "rae.pt")
+    return model.eval().requires_grad_(False).to(device)
+
+
+# Training
+
+RECIPES = {  # the paper's for its encoders, and one for a laptop; flags override
+    "paper": dict(width=1152, head=2048, head_heads=16, batch=1024, lr=2e-4, epochs=80, warmup=0, decay_start=40,
+                  decay_end=800, shift_base=4096, log_every=50, save_every=5000),
+    "tiny":  dict(width=192, head=256, head_heads=8, batch=128, lr=2e-3, epochs=6.4, warmup=0.25, decay_start=1,
+                  decay_end=6.4, ema=0.995, shift_base=170, log_every=50, save_every=500),
+}
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--run", default=None, help="run folder (default: that of the newest out/*/rae.pt)")
+    add("--rae", default=None, help="autoencoder: rae.pt, run folder or release:NAME (default: the run's)")
+    add("--weights", default=None, help="folder with the released files, in place of the hub")
+    add("--encoder", default=None, help="with --describe: an encoder's latent shape, without a run")
+    add("--data", default=None, help="image folder, or `shapes` (default: shapes for tiny, else data/imagenet)")
+    add("--val", default=None, help="held-out images, never trained on (default: DATA/val, or held-out shapes)")
+    add("--init", default=None, help="start from these weights: dit.pt, a released file or release:NAME")
+    # model
+    add("--width", type=at_least(4), help="backbone width; depth and heads follow (384 S, 768 B, 1024 L, 1152 XL)")
+    add("--depth", type=int, default=0, help="backbone blocks (default: by width)")
+    add("--heads", type=int, default=0, help="backbone attention heads (default: by width)")
+    add("--head", type=at_least(0), help="width of the DDT head, 0: none; it, not the backbone, must reach the token dimension")
+    add("--head-depth", type=int, default=2, help="blocks of the DDT head")
+    add("--head-heads", type=int, help="attention heads of the DDT head")
+    # flow matching
+    add("--time", choices=("logit-normal", "uniform"), default="logit-normal", help="distribution of t before the shift")
+    add("--no-shift", action="store_true", default=False, help="alpha = 1, for the paper's ablation")
+    add("--shift-base", type=float, help="n in alpha = sqrt(tokens x channels / n)")
+    add("--label-dropout", type=float, default=0.1, help="share of null labels; 1: an unconditional model")
+    # optimisation
+    add("--epochs", type=at_least(0, float), help="length of training; 1 epoch of shapes is 50,000 images")
+    add("--steps", type=at_least(1), default=0, help="stop after so many optimiser steps; the schedule stays that of --epochs")
+    add("--batch", type=at_least(1), help="images per optimiser step, over all ranks and accumulation steps")
+    add("--accum", type=at_least(1), default=1, help="micro-batches per optimiser step")
+    add("--lr", type=float, help="AdamW's learning rate")
+    add("--warmup", type=float, help="epochs of linear warm-up")
+    add("--decay-start", type=float, help="epoch where the learning rate begins to fall, linearly, ...")
+    add("--decay-end", type=float, help="... and where it has reached a tenth")
+    add("--clip", type=float, default=None, help="gradient norm (default: 1 with a head, else none)")
+    add("--ema", type=float, default=None, help="decay of the weight average (default: 0.9995 with a head, else 0.9999)")
+    add("--seed", type=int, default=0, help="of weights, data order, noise, times and label dropout")
+    # machine
+    add("--workers", type=int, default=None, help="loader processes per rank (default: 0 for shapes, else 4)")
+    add("--dtype", choices=("fp32", "bf16"), default=None, help="autocast (default: bf16 where the hardware has it)")
+    add("--compile", action="store_true", default=False, help="torch.compile")
+    add("--save-every", type=int, help="steps between checkpoints and sample pictures")
+    add("--log-every", type=int, help="steps between lines of the log")
+    add("--eval-every", type=int, default=0, help="steps between evaluations on --val")
+    add("--describe", action="store_true", default=False, help="print parameters, FLOPs and memory, and stop")
+    return parser.parse_args(argv)
+
+
+def main():
+    args = parse_args()
+    device, rank, world = start()
+    say = print if rank == 0 else lambda *_: None
+
+    # The autoencoder, the settings that follow from it, the data
+    path = args.rae or (Path(args.run, "rae.pt") if args.run else newest("rae.pt"))
+    if args.describe and args.encoder:
+        rae = RAE(args.encoder, "tiny", ENCODERS[args.encoder].image, encoder_weights=False)
+    else:
+        rae = load_rae(path, device, weights=args.weights, decode_only=args.describe)
+    tiny = rae.name == "tiny"
+    args = argparse.Namespace(**{**RECIPES["tiny" if tiny else "paper"], **vars(args)})
+    depth, heads = SIZES.get(args.width, (args.depth, args.heads))
+    if not depth or not heads:
+        raise UserError(f"--width {args.width} is no preset ({', '.join(map(str, SIZES))}): give --depth and --heads as well")
+    config = dict(tokens=rae.num_tokens, token_dim=rae.token_dim, width=args.width, depth=args.depth or depth,
+                  heads=args.heads or heads, head=args.head, head_depth=args.head_depth, head_heads=args.head_heads)
+    with torch.device("meta"):
+        one_image = torch.empty(1, rae.num_tokens, rae.token_dim), torch.empty(1), torch.zeros(1, dtype=torch.long)
+        if args.describe:
+            return describe(f"DiT {config}", DiT(**config), *one_image)
+        image_flops = 3 * count_flops(DiT(**config), *one_image)[0] + rae.encoder_flops()    # one forward, two backward
+    width, alpha = args.head or args.width, 1 if args.no_shift else shift_alpha(rae.num_tokens, rae.token_dim, args.shift_base)
+    if width < rae.token_dim:
+        say(f"WARNING: the output has at most rank {width} of {rae.token_dim} token dimensions. Theorem 1: the loss cannot fall"
+            f" below {1 - width / rae.token_dim:.3f}. --{'head' if args.head else 'width'} should be at least {rae.token_dim}.")
+    data = args.data or ("shapes" if tiny else "data/imagenet")
+    dataset, held_out = open_data(data, rae.image_size), open_val(args.val, data, rae.image_size)
+    config["num_classes"] = len(dataset.classes)
+    if args.batch % (world * args.accum):
+        raise UserError(f"--batch {args.batch} does not divide over {world} ranks x {args.accum} accumulation steps")
+    run = Path(args.run or (f"out/{rae.name}" if args.rae or ROOT / "assets" in Path(path).parents else Path(path).parent))
+    epoch = len(dataset) / args.batch                                         # optimiser steps in an epoch
+    total = min(math.ceil(args.epochs * epoch), args.steps or math.inf)
+
+    # Model, optimiser, weight average, and where an earlier start of this run left them
+    torch.manual_seed(args.seed)
+    model = DiT(**config).to(device)
+    if args.init:
+        load_strict(model, load_dit(args.init, weights=args.weights).state_dict(), f"--init {args.init}")
+    ema = ModelEmaV3(model, decay=args.ema or (0.9995 if args.head else 0.9999))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    fixed = dict(config, stage=2, seed=args.seed, batch=args.batch, data=data, images=len(dataset), alpha=alpha, time=args.time,
+                 label_dropout=args.label_dropout)
+    saved, step = resume(run / "dit.pt", fixed)
+    if saved:
+        load_strict(model, saved["model"], "model"), load_strict(ema.module, saved["ema"], "ema")
+        optimizer.load_state_dict(saved["optimizer"])
+        del saved
+    if step >= total:
+        return say(f"{run}/dit.pt stands at step {step} of {total}: finished; more --epochs or --steps extend it")
+    dtype = args.dtype or best_dtype(device)
+    ddp = DistributedDataParallel(torch.compile(model) if args.compile else model, gradient_as_bucket_view=True)
+    loader = batches(dataset, Order(len(dataset), args.batch, args.accum, args.seed, step, rank, world), args.workers, device)
+    say(f"{run}: DiT of {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters on {rae.num_tokens} x {rae.token_dim}"
+        f" latents of {rae.name} ({path}); {data}: {len(dataset)} images, {config['num_classes']} classes; alpha {alpha:.3f},"
+        f" {dtype}, {world} x {device.type}, steps {step} to {total}")
+
+    def save():
+        if rank == 0 and save_checkpoint(run / "dit.pt", config=config, fixed=fixed, step=step, alpha=alpha,
+                                         rae=None if Path(path) == run / "rae.pt" else str(path),
+                                         classes=dataset.classes, model=model.state_dict(), ema=ema.module.state_dict(),
+                                         optimizer=optimizer.state_dict()):
+            from sample import generate
+            labels = torch.arange(50) % 10 * max(1, config["num_classes"] // 10) % config["num_classes"]
+            images = generate(ema.module, rae, labels, mix(0, torch.arange(50)), alpha, steps=25)
+            (run / "samples").mkdir(exist_ok=True)
+            save_image(images, run / f"samples/{step:07d}.png", nrow=10)
+
+    # The loop, in optimiser steps
+    stop, sums, since, clock = StopSignal(), torch.zeros(2, device=device), step, time.time()
+    while step < total and not stop.seen:
+        for micro in range(args.accum):
+            images, y, keys = next(loader)
+            mirror = (keys & 1).bool().to(device, non_blocking=True)          # a fair coin of each sample
+            images = torch.where(mirror[:, None, None, None], images.flip(-1), images)
+            z = rae.encode(images)                                            # (B, N, D)
+            with ddp.no_sync() if micro < args.accum - 1 else nullcontext():
+                with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
+                    loss = flow_matching_loss(ddp, z, y, alpha, keys, args.label_dropout, args.time) / args.accum
+                loss.backward()
+            sums[0] += loss.detach()
+        at = step / epoch
+        decay = min(max((at - args.decay_start) / max(args.decay_end - args.decay_start, 1e-9), 0), 1)
+        lr = args.lr * min(1, (step + 1) / max(args.warmup * epoch, 1)) * (1 - 0.9 * decay)
+        optimizer.param_groups[0]["lr"] = lr
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip if args.clip else 1.0 if args.head else math.inf)
+        optimizer.found_inf = (~norm.isfinite()).float()                      # a fused optimiser skips such a step
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update(model)
+        sums[1] += optimizer.found_inf
+        step += 1
+        stop.agreed()
+
+        if step % args.log_every == 0 or step == total:
+            steps, seconds = step - since, time.time() - clock
+            loss, skipped = average(sums / steps)                             # over ranks
+            rate = steps * args.batch / seconds
+            log(run, stage=2, step=step, total=total, loss=loss, lr=lr, images_per_s=rate,
+                tflops=rate * image_flops / 1e12, skipped=round(skipped * steps), eta=(total - step) * seconds / steps)
+            if skipped == 1:
+                raise UserError(f"the last {steps} steps had non-finite gradients; {run}/dit.pt holds the last good state: resume"
+                                " with a lower --lr, or with --dtype fp32")
+            sums.zero_()
+            since, clock = step, time.time()
+        if step % args.save_every == 0 or step == total or stop.seen:
+            before = time.time()
+            save()
+            clock += time.time() - before
+    say(f"wrote {run}/dit.pt and {run}/samples. Next: python sample.py --run {run}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
