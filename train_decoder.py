@@ -27,9 +27,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import spectral_norm
 from torchvision.utils import make_grid, save_image
 
-from rae import (DECODERS, ENCODERS, RAE, Order, StopSignal, UserError, at_least, average, batches, best_dtype,
+from rae import (DECODERS, ENCODERS, RAE, Order, UserError, at_least, batches, best_dtype,
                  build_encoder, count_flops, describe, in_order, load_rae, load_strict, log, mix, normals, open_data,
-                 open_val, read_weights, resume, save_checkpoint, start)
+                 open_val, read_weights, resume, save_checkpoint, start, stop_signal)
 
 
 # Latent statistics and noise
@@ -167,7 +167,7 @@ def evaluate(rae, decoder, dataset, perceptual, device, rank=0, world=1, batch=6
             copies = (rae.decode(z + sigma * eps, decoder).clamp(0, 1) * 255).round() / 255
             distance = perceptual(copies * 2 - 1, images * 2 - 1).sum() if perceptual else 0
             row += torch.stack([psnr(copies, images).sum(), ssim(copies, images).sum(), distance + 0 * z.sum(), len(z) + 0 * z.sum()])
-    sums = torch.tensor(average(sums))
+    dist.all_reduce(sums)
     values = sums[:, :3] / sums[:, 3:]
     return {f"{name}@{sigma}" if sigma else name: None if name == "lpips" and not perceptual else value
             for sigma, row in zip(NOISES, values.tolist()) for name, value in zip(("psnr", "ssim", "lpips"), row)}
@@ -178,8 +178,8 @@ def evaluate(rae, decoder, dataset, perceptual, device, rank=0, world=1, batch=6
 RECIPES = {  # the paper's for its encoders, and one for a laptop; flags override
     "paper": dict(image_size=256, decoder="XL", tau=0.8, lpips_weight=1.0, gan_weight=0.75, disc="dino", disc_start=6,
                   gan_start=8, batch=512, lr=2e-4, epochs=16, warmup=1, ema=0.9978, log_every=50, save_every=2500),
-    "tiny":  dict(image_size=32, decoder="tiny", tau=0.5, lpips_weight=0.0, gan_weight=0.0, disc="tiny", disc_start=2,
-                  gan_start=3, batch=128, lr=2e-3, epochs=5, warmup=0.25, ema=0.99, log_every=50, save_every=500),
+    "tiny":  dict(image_size=32, decoder="tiny", tau=0.5, lpips_weight=0.0, gan_weight=0.0, disc="tiny", disc_start=1,
+                  gan_start=2, batch=64, lr=3e-3, epochs=3, warmup=0.1, ema=0.99, log_every=50, save_every=500),
 }
 
 
@@ -259,7 +259,7 @@ def main():
     perceptual = load_lpips(args.lpips_vgg, device) if args.lpips_weight else None
     disc = Discriminator(args.disc, args.disc_weights).to(device) if gan else None
 
-    # Decoder, weight average, optimisers
+    # Decoder, weight optimisers
     decoder, last = rae.decoder, rae.decoder.predict.weight
     if args.init:
         other = load_rae(args.init, encoder=args.encoder, decode_only=True)
@@ -293,7 +293,10 @@ def main():
         say(f"{run}: latent statistics of {args.encoder} over {len(dataset)} images of {data} and their mirror images")
         mean, var = latent_statistics(rae, still, args.batch // (world * args.accum), device, rank, world, args.workers)
         rae.mean.copy_(mean), rae.var.copy_(var)
-        say(f"statistics took {time.time() - begun:.0f} s")
+        broken = dataset.broken.int() if hasattr(dataset, "broken") else torch.zeros(1, dtype=torch.int)
+        dist.all_reduce(broken)
+        say(f"statistics took {time.time() - begun:.0f} s" + (
+            f"; {int(broken.sum())} of {len(dataset)} images cannot be decoded and are left out" if broken.any() else ""))
         save()
     del saved
     pictures = torch.stack([(held_out or still)[i, i][0] for i in range(min(10, len(dataset)))]).to(device).float() / 255
@@ -311,9 +314,9 @@ def main():
         progress = min(max((at - args.warmup * epoch) / max(length - args.warmup * epoch, 1), 0), 1)
         return args.lr * min(1, (at + 1) / max(args.warmup * epoch, 1)) * (0.55 + 0.45 * math.cos(math.pi * progress))
 
-    stop, since, clock = StopSignal(), step, time.time()
+    stop, since, clock = stop_signal(), step, time.time()
     sums = torch.zeros(7, device=device)                                      # the logged means, on the device
-    while step < total and not stop.seen:
+    while step < total and not stop:
         disc_on, gan_on = (gan and step >= start * epoch for start in (args.disc_start, args.gan_start))
         micros = [next(loader) for _ in range(args.accum)]
 
@@ -366,11 +369,12 @@ def main():
             disc_optimizer.step()
             disc_optimizer.zero_grad(set_to_none=True)
         step += 1
-        stop.agreed()
+        dist.all_reduce(stop, dist.ReduceOp.MAX)                              # on the host: the device is not waited for
 
         if step % args.log_every == 0 or step == total:
             steps, seconds = step - since, time.time() - clock
-            loss, l1, distance, adversarial, weight, disc_loss, skipped = average(sums / steps)
+            dist.all_reduce(sums)
+            loss, l1, distance, adversarial, weight, disc_loss, skipped = (sums / steps / world).tolist()                  # the one device sync
             parts = dict(l1=l1) | (dict(lpips=distance) if perceptual else {}) | (
                 dict(gan=adversarial, gan_lambda=weight, disc=disc_loss) if disc_on else {})
             rate = steps * args.batch / seconds
@@ -381,10 +385,10 @@ def main():
                                 " last good state: resume with a lower --lr, or with --dtype fp32")
             sums.zero_()
             since, clock = step, time.time()
-        if step % args.save_every == 0 or step == total or stop.seen:
+        if step % args.save_every == 0 or step == total or stop:
             before = time.time()
             save()
-            if held_out and not stop.seen:
+            if held_out and not stop:
                 log(run, stage=1, step=step, n=min(2048, len(held_out)),
                     **evaluate(rae, ema.module, held_out, perceptual, device, rank, world))
             if rank == 0:
