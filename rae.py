@@ -354,7 +354,7 @@ def attention(q, k, v):
     if q.device.type == "cpu":
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float())
-    return F.scaled_dot_product_attention(q, k, v)
+    return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
 
 
 def patchify(images, patch):

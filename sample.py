@@ -155,7 +155,7 @@ def main():
             images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
             save_image(make_grid(images, nrow=len(columns)), out)
         pixels.unlink()
-        after = f"python fid.py {out} REFERENCE" if args.npz else "python train_dit.py --help"
+        after = f"python fid.py {out} REFERENCE" if args.npz else "python train_decoder.py --encoder tiny"
         print(f"wrote {out}: {num} images in {time.time() - begun:.1f} s. Next: {after}")
     dist.destroy_process_group()
 

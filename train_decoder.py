@@ -259,7 +259,7 @@ def main():
     perceptual = load_lpips(args.lpips_vgg, device) if args.lpips_weight else None
     disc = Discriminator(args.disc, args.disc_weights).to(device) if gan else None
 
-    # Decoder, weight optimisers
+    # Decoder, weight average, optimisers
     decoder, last = rae.decoder, rae.decoder.predict.weight
     if args.init:
         other = load_rae(args.init, encoder=args.encoder, decode_only=True)

@@ -58,9 +58,9 @@ def rope_angles(side, head_dim):
 
 
 def rotate(x, cos, sin):
-    """Turn each interleaved pair of channels of x (B,heads,N,head_dim) by its angle; cos, sin (N, head_dim/2)."""
+    """Turn each interleaved pair of channels of x (B,heads,N,head_dim) by its angle, in fp32; cos, sin (N, head_dim/2)."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).to(x.dtype)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
 
 
 class TimeEmbedder(nn.Module):
@@ -76,8 +76,11 @@ class TimeEmbedder(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    def forward(self, x):                                                     # in fp32 whatever autocast says
-        return F.rms_norm(x.float(), self.normalized_shape, self.weight, self.eps)
+    """adaLN: normalise x (B,N,W) in fp32, then scale and shift it, in the dtype of these, with one vector per image (B,1,W) or
+    per token (B,N,W)."""
+    def forward(self, x, shift, scale):
+        x = F.rms_norm(x.float(), self.normalized_shape, self.weight, self.eps).to(scale.dtype)
+        return torch.addcmul(shift, x, 1 + scale)                             # x (1 + scale) + shift
 
 
 class Attention(nn.Module):
@@ -112,8 +115,8 @@ class Block(nn.Module):
 
     def forward(self, x, c, cos, sin):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, -1)
-        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, cos, sin)
-        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        x = x + gate1 * self.attn(self.norm1(x, shift1, scale1), cos, sin)
+        return x + gate2 * self.mlp(self.norm2(x, shift2, scale2))
 
 
 class FinalLayer(nn.Module):
@@ -124,7 +127,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x, c):
         shift, scale = self.adaLN_modulation(c).chunk(2, -1)
-        return self.linear(self.norm_final(x) * (1 + scale) + shift)
+        return self.linear(self.norm_final(x, shift, scale))
 
 
 class DiT(nn.Module):

@@ -47,10 +47,11 @@ def test_attention_in_bf16_is_the_softmax():
     torch.testing.assert_close(out, (q @ k.mT / math.sqrt(8)).softmax(-1) @ v)
 
 
-def test_rms_norm_is_its_formula():
-    x, norm = 3 * torch.randn(4, 7), RMSNorm(7, eps=1e-6)
+def test_adaptive_rms_norm_is_its_formula():
+    x, norm, (shift, scale) = 3 * torch.randn(4, 5, 7), RMSNorm(7, eps=1e-6), torch.randn(2, 4, 1, 7)
     norm.weight.data.uniform_()
-    torch.testing.assert_close(norm(x), norm.weight * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt())
+    expected = norm.weight * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(norm(x, shift, scale), expected * (1 + scale) + shift)
 
 
 @pytest.mark.parametrize("head", [0, 48, 32])

@@ -1,0 +1,432 @@
+"""fid.py against closed forms, brute force, and golden figures of an independent Inception."""
+import json
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import lpips
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torchvision.models import Inception3
+
+import fid
+from conftest import launch
+from rae import RAE, UserError, open_val, save_checkpoint
+
+HERE = Path(__file__).parent
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Frechet distance
+
+def gaussian(n, dim=64, seed=0, scale=1.0):
+    """Features whose covariance has eigenvalues over 12 orders of magnitude, and rank n - 1 when n <= dim."""
+    rng = np.random.RandomState(seed)
+    mix = rng.standard_normal((dim, dim)) * np.logspace(0, -6, dim)
+    return scale * rng.standard_normal((n, dim)) @ mix + rng.standard_normal(dim)
+
+
+@pytest.mark.parametrize("n", [1000, 30])
+def test_frechet_distance_is_scipys_whether_or_not_there_are_fewer_samples_than_dimensions(n):
+    a, b = fid.moments(gaussian(n, seed=1)), fid.moments(gaussian(n, seed=2, scale=1.3))
+    root = np.trace(scipy.linalg.sqrtm(a[1] @ b[1])).real
+    expected = ((a[0] - b[0]) ** 2).sum() + np.trace(a[1]) + np.trace(b[1]) - 2 * root
+    assert fid.frechet_distance(*a, *b) == pytest.approx(expected, rel=1e-3)
+    assert fid.frechet_distance(*b, *a) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("n", [1000, 30, 2])
+def test_frechet_distance_of_identical_moments_is_zero(n):
+    a = fid.moments(gaussian(n))
+    assert 0 <= fid.frechet_distance(*a, *a) <= 1e-6 * np.trace(a[1])
+
+
+def test_frechet_distance_at_equal_covariances_is_the_squared_distance_of_the_means():
+    mu, sigma = fid.moments(gaussian(500))
+    shift = np.linspace(-1, 1, len(mu))
+    assert fid.frechet_distance(mu, sigma, mu + shift, sigma) == pytest.approx((shift ** 2).sum(), rel=1e-6)
+
+
+def test_frechet_distance_of_commuting_covariances_is_that_of_their_standard_deviations():
+    q = np.linalg.qr(np.random.RandomState(0).standard_normal((20, 20)))[0]
+    s1, s2 = np.linspace(0, 2, 20), np.linspace(3, 0, 20)                     # singular, both
+    zero = np.zeros(20)
+    found = fid.frechet_distance(zero, q * s1 ** 2 @ q.T, zero, q * s2 ** 2 @ q.T)
+    assert found == pytest.approx(((s1 - s2) ** 2).sum(), rel=1e-6)
+
+
+def test_frechet_distance_of_a_point_and_a_gaussian_is_finite_and_the_trace():
+    mu, sigma = fid.moments(gaussian(500))
+    assert fid.frechet_distance(mu, np.zeros_like(sigma), mu, sigma) == pytest.approx(np.trace(sigma))
+
+
+def test_frechet_distance_refuses_nan_and_other_dimensions():
+    mu, sigma = np.zeros(3), np.eye(3)
+    for bad in ((mu + np.nan, sigma), (mu, np.full((3, 3), np.inf)), (np.zeros(4), np.eye(4))):
+        with pytest.raises(UserError, match="finite and of one dimension"):
+            fid.frechet_distance(mu, sigma, *bad)
+
+
+def test_moments_are_numpys_in_float64_even_for_float32_features_far_from_zero():
+    x = (np.random.RandomState(0).standard_normal((9000, 5)) + 1000).astype(np.float32)
+    mu, sigma = fid.moments(torch.from_numpy(x))
+    np.testing.assert_allclose(mu, x.mean(0, dtype=np.float64), rtol=1e-12)
+    np.testing.assert_allclose(sigma, np.cov(x.astype(np.float64), rowvar=False), rtol=1e-9, atol=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The network
+
+def test_tf1_resize_of_a_ramp_starts_at_its_start_and_stops_at_its_end():
+    for h, w in [(32, 64), (299, 299), (512, 300)]:
+        rows, columns = torch.arange(h).float(), torch.arange(w).float()
+        image = (rows[:, None] + 2 * columns)[None, None]
+        y = torch.minimum(torch.arange(299) * h / 299, torch.tensor(h - 1.0))      # no half-pixel offset
+        x = torch.minimum(torch.arange(299) * w / 299, torch.tensor(w - 1.0))
+        torch.testing.assert_close(fid.resize_tf1(image)[0, 0], y[:, None] + 2 * x, rtol=1e-5, atol=1e-4)
+
+
+def random_weights(net):
+    """Weights every numpy makes alike, of a scale that keeps all layers alive."""
+    rng, state = np.random.RandomState(0), {}
+    for key, value in sorted(net.state_dict().items()):
+        if value.ndim:
+            x = rng.standard_normal(tuple(value.shape)).astype(np.float32)
+            if x.ndim == 4:
+                x *= (2 / np.prod(x.shape[1:])) ** 0.5
+            elif x.ndim == 2:
+                x *= 0.03
+            else:
+                x = 1 + 0.2 * np.tanh(x) if key.endswith(("running_var", "weight")) else x * 0.1
+            state[key] = torch.from_numpy(np.asarray(x, np.float32))
+    return state
+
+
+def test_inception_features_and_bias_free_logits_are_those_of_an_independent_implementation():
+    # The golden figures are torch-fidelity 0.4.0's on these weights and images; pytorch-fid 0.3.0 agrees.
+    golden = np.load(HERE / "golden" / "fid_inception.npz")
+    rng = np.random.RandomState(1)
+    net = fid.Inception(random_weights(Inception3(num_classes=1008, aux_logits=False, init_weights=False)))
+    for h, w in [(32, 32), (64, 48), (256, 256), (299, 299), (512, 512)]:
+        y, x = np.mgrid[:h, :w] / max(h, w)
+        waves = np.sin(7 * x[..., None] + rng.rand(3) * 6), np.cos(5 * y[..., None] * rng.rand(3) * 3)
+        image = 127 + 60 * waves[0] + 60 * waves[1] + 30 * rng.standard_normal((h, w, 3))
+        image = np.clip(image, 0, 255).round().astype(np.uint8)
+        assert image.astype(np.int64).sum() == golden[f"checksum_{h}x{w}"]
+        found = net(torch.from_numpy(image).permute(2, 0, 1)[None])
+        for value, name in zip(found, ("features", "logits")):
+            expected = golden[f"{name}_{h}x{w}"]
+            assert np.linalg.norm(value[0].numpy() - expected) < 1e-4 * np.linalg.norm(expected), (name, h, w)
+
+
+def test_inception_refuses_foreign_weights_and_float_images():
+    with pytest.raises(UserError, match="foreign"):
+        fid.Inception({"conv1.weight": torch.zeros(1)})
+    with pytest.raises(UserError, match="uint8"):
+        fid.Inception("random")(torch.zeros(1, 3, 32, 32))
+
+
+def test_without_the_inception_weights_one_sentence_names_the_file_and_the_flag(monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    with pytest.raises(UserError, match="pt_inception-2015-12-05-6726825d.pth.*--inception-weights") as error:
+        fid.Inception()
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Other metrics on features
+
+def test_inception_score_is_one_for_equal_predictions_and_the_number_of_certain_classes():
+    assert fid.inception_score(torch.randn(1, 1008).expand(100, -1)) == pytest.approx(1)
+    assert fid.inception_score(100 * torch.eye(7).repeat(30, 1), splits=3) == pytest.approx(7)
+
+
+def test_inception_score_is_the_mean_over_consecutive_splits():
+    certain = 100 * torch.eye(4).repeat_interleave(10, 0)                     # sorted by class
+    assert fid.inception_score(certain, splits=4) == pytest.approx(1)
+    assert fid.inception_score(certain, splits=2) == pytest.approx(2)
+    assert fid.inception_score(certain, splits=1) == pytest.approx(4)
+
+
+@pytest.mark.parametrize("block", [1, 500, 2 ** 25])
+def test_precision_and_recall_are_those_of_brute_force_for_any_block(block):
+    torch.manual_seed(0)
+    real, fake = torch.randn(150, 8) + 100, 0.9 * torch.randn(90, 8) + 100.5
+
+    def radius(x, i):
+        return sorted((x[i] - x[j]).double().norm().item() for j in range(len(x)) if j != i)[2]
+
+    distance = torch.tensor([[(a - b).double().norm().item() for b in fake] for a in real])       # (150, 90)
+    within_real = distance <= torch.tensor([radius(real, i) for i in range(len(real))])[:, None]
+    within_fake = distance <= torch.tensor([radius(fake, i) for i in range(len(fake))])
+    expected = within_real.any(0).double().mean().item(), within_fake.any(1).double().mean().item()
+    assert 0.2 < expected[0] < 0.98 and 0.2 < expected[1] < 0.98 and expected[0] != expected[1]
+    assert fid.precision_recall(real, fake, block=block) == pytest.approx(expected)
+
+
+def test_samples_of_one_mode_are_precise_and_recall_that_mode():
+    torch.manual_seed(0)
+    real = torch.cat([torch.randn(200, 4), torch.randn(200, 4) + 100])
+    precision, recall = fid.precision_recall(real, torch.randn(200, 4))
+    assert precision > 0.9 and 0.4 < recall <= 0.5
+
+
+def test_linear_probe_reaches_the_best_possible_accuracy_of_two_gaussians():
+    torch.manual_seed(0)
+    labels = torch.arange(20_000) % 2
+    x = torch.randn(20_000, 6)
+    x[:, 0] += 2 * labels                                                     # 2 standard deviations apart
+    x = x * torch.tensor([1e-4, 1, 1, 1, 1, 1e3]) + 5                         # scales must not matter
+    top1 = fid.linear_probe(x[:10_000], labels[:10_000], x[10_000:], labels[10_000:])
+    assert top1 == pytest.approx(torch.special.ndtr(torch.tensor(1.0)).item(), abs=0.01)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Pairs of images
+
+def test_psnr_is_that_of_a_constant_error_per_image():
+    a = torch.rand(3, 3, 16, 16) / 2
+    b = a + torch.tensor([0.1, 0.01, 0.0]).view(3, 1, 1, 1)
+    torch.testing.assert_close(fid.psnr(a, b), torch.tensor([20.0, 40, 100]).double(), rtol=1e-4, atol=0)
+
+
+def test_ssim_of_constant_images_is_the_luminance_term_and_of_identical_ones_1():
+    a, b = torch.full((1, 3, 16, 20), 0.2), torch.full((1, 3, 16, 20), 0.6)
+    expected = (2 * 0.2 * 0.6 + 1e-4) / (0.2 ** 2 + 0.6 ** 2 + 1e-4)
+    assert fid.ssim(a, b).item() == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(fid.ssim(noise := torch.rand(2, 3, 32, 32), noise), torch.ones(2).double())
+
+
+def test_ssim_of_one_window_is_the_formula_with_gaussian_weights():
+    torch.manual_seed(0)
+    a, b = torch.rand(2, 3, 11, 11), torch.rand(2, 3, 11, 11)
+    g = np.exp(-(np.arange(11) - 5) ** 2 / 4.5)
+    w = np.outer(g, g) / g.sum() ** 2
+    for found, image, other in zip(fid.ssim(a, b), a.double().numpy(), b.double().numpy()):
+        expected = []
+        for p, q in zip(image, other):
+            mp, mq = (w * p).sum(), (w * q).sum()
+            vp, vq, c = (w * (p - mp) ** 2).sum(), (w * (q - mq) ** 2).sum(), (w * (p - mp) * (q - mq)).sum()
+            luminance = (2 * mp * mq + 1e-4) / (mp ** 2 + mq ** 2 + 1e-4)
+            expected.append(luminance * (2 * c + 9e-4) / (vp + vq + 9e-4))
+        assert found.item() == pytest.approx(np.mean(expected), rel=1e-9)
+
+
+def test_lpips_gets_images_in_minus_one_to_one(monkeypatch):
+    class Network(torch.nn.Module):                                           # of LPIPS's shapes, no weights
+        def __init__(self, **options):
+            super().__init__()
+
+        def forward(self, a, b):
+            assert a.unique().tolist() == [-1] and b.unique().tolist() == [0]
+            return (a - b).mean((1, 2, 3), keepdim=True)
+
+    monkeypatch.setattr(lpips, "LPIPS", Network)
+    distance, reason = fid.load_lpips()
+    assert reason is None
+    assert distance(torch.zeros(2, 3, 8, 8), torch.full((2, 3, 8, 8), 0.5)).tolist() == [-1, -1]
+
+
+def test_without_vgg_lpips_is_left_out_with_a_reason(monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+    monkeypatch.setattr(lpips.pretrained_networks, "vgg16", offline)
+    network, reason = fid.load_lpips()
+    assert network is None and "vgg16-397923af.pth" in reason
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The program
+
+def pictures(n, seed=0, side=32):
+    """Random coarse patterns, distinct."""
+    coarse = np.random.RandomState(seed).randint(0, 256, (n, 4, 4, 3), dtype=np.uint8)
+    return coarse.repeat(side // 4, 1).repeat(side // 4, 2)
+
+
+TINY = ["--features", "tiny", "--encoder-weights", "random"]                  # nothing to download
+
+
+@contextmanager
+def own_group():
+    """No process group inside, for fid.py to make its own; one of a single process again afterwards."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    try:
+        yield
+    finally:
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+@pytest.fixture
+def judge(monkeypatch, capsys):
+    """fid.py with these arguments -> its JSON; no process is started, and no weights are downloaded."""
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fid.py", *map(str, arguments)])
+        with own_group():
+            fid.main()
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    monkeypatch.setattr(lpips.pretrained_networks, "vgg16", offline)
+    return run
+
+
+def figures(result):
+    return [result[key] for key in ("fd", "precision", "recall")]
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Generated images in an .npz, a reference in a folder of PNGs."""
+    np.savez(tmp_path / "generated.npz", arr_0=pictures(203))
+    (tmp_path / "reference").mkdir()
+    for i, image in enumerate(pictures(150, seed=1) // 8 * 8):
+        Image.fromarray(image).save(tmp_path / "reference" / f"{i:03}.png")
+    return tmp_path / "generated.npz", tmp_path / "reference"
+
+
+def test_the_same_images_from_an_npz_and_from_a_folder_are_at_distance_zero(judge, tmp_path):
+    np.savez_compressed(tmp_path / "images.npz", arr_0=pictures(120))
+    (tmp_path / "folder").mkdir()
+    for i, image in enumerate(pictures(120)):
+        Image.fromarray(image).save(tmp_path / "folder" / f"{i:03}.png")
+    result = judge(tmp_path / "images.npz", tmp_path / "folder", *TINY)
+    assert 0 <= result["fd"] < 1e-6 and result["precision"] == result["recall"] == 1
+    assert result["n"] == result["reference_n"] == 120
+
+
+def test_no_figure_depends_on_the_batch_size(judge, pair):
+    results = [judge(*pair, *TINY, "--batch", batch) for batch in (7, 64, 1000)]
+    assert results[0]["fd"] > 0.1 and 0 < results[0]["precision"] < 1
+    for other in results[1:]:
+        assert figures(other) == pytest.approx(figures(results[0]), rel=1e-4)
+
+
+def test_no_figure_depends_on_the_number_of_ranks_even_if_one_gets_no_batch(judge, pair):
+    alone = judge(*pair, *TINY, "--batch", 160)                               # two batches, and one
+    lines = launch("fid.py", *pair, *TINY, "--batch", 160, cwd=pair[1], ranks=2).splitlines()
+    together, = (json.loads(line) for line in lines if line.startswith("{"))  # one rank speaks
+    assert figures(together) == pytest.approx(figures(alone), rel=1e-5)
+    assert {**together, "fd": 0} == {**alone, "fd": 0}
+
+
+def test_rows_keep_the_order_of_the_data_set_and_undecodable_files_are_dropped(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for i in range(9):
+        image = pictures(1)[0]
+        image[0, 0] = 20 * i
+        Image.fromarray(image).save(tmp_path / "folder" / f"{i}.png")
+    broken = tmp_path / "folder" / "4.png"
+    broken.write_bytes(broken.read_bytes()[:100])                             # a sound header, no pixels
+    data, _ = fid.open_source(str(tmp_path / "folder"))
+    rows, labels = fid.per_image(data, lambda images: images[:, :1, 0, 0], 2, torch.device("cpu"))
+    assert rows[:, 0].tolist() == [0, 20, 40, 60, 100, 120, 140, 160] and len(labels) == 8
+
+
+def test_saved_statistics_stand_in_for_the_images_they_were_made_of(judge, pair, tmp_path):
+    images = judge(*pair, *TINY, "--save-stats", tmp_path / "reference.npz")
+    from_file = judge(pair[0], tmp_path / "reference.npz", *TINY)
+    judge(pair[0], *TINY, "--save-stats", tmp_path / "generated_stats.npz")
+    from_two_files = judge(tmp_path / "generated_stats.npz", tmp_path / "reference.npz", *TINY)
+    assert from_file["fd"] == pytest.approx(images["fd"]) == from_two_files["fd"]
+    assert from_file["reference_n"] == 150 and from_two_files["n"] == 203 and "recall" not in from_file
+    assert len({result["reference_sha256"] for result in (images, from_file)}) == 2
+
+
+def test_adms_reference_file_gives_its_statistics_to_fid_and_its_images_to_recall(judge, pair, tmp_path):
+    mu, sigma = np.linspace(-1, 1, 96), np.eye(96)
+    images = pictures(150, seed=1) // 8 * 8
+    np.savez(tmp_path / "virtual.npz", arr_0=images, mu=mu, sigma=sigma, mu_s=mu, sigma_s=sigma)
+    np.savez(tmp_path / "plain.npz", mu=mu, sigma=sigma)
+    result, images = judge(pair[0], tmp_path / "virtual.npz", *TINY), judge(*pair, *TINY)
+    assert result["fd"] == judge(pair[0], tmp_path / "plain.npz", *TINY)["fd"] != images["fd"]
+    assert figures(result)[1:] == figures(images)[1:]
+
+
+def test_everything_that_makes_a_figure_incomparable_is_said(judge, tmp_path):
+    def warnings(images, reference=pictures(120), **labels):
+        np.savez(tmp_path / "a.npz", arr_0=images, **labels)
+        np.savez(tmp_path / "b.npz", arr_0=reference)
+        return " ".join(judge(tmp_path / "a.npz", tmp_path / "b.npz", *TINY)["warnings"])
+    sound = warnings(pictures(120), labels=np.arange(120) % 3)
+    for word in ("rank", "pixels", "class"):
+        assert word not in sound
+    assert "50,000" in sound and "random weights" in sound
+    assert "rank" in warnings(pictures(90))
+    assert "rank" in warnings(pictures(120), pictures(90))
+    assert "64" in warnings(pictures(120), pictures(120, side=64))
+    assert "equally frequent" in warnings(pictures(120), labels=np.arange(120) % 7)
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(96), sigma=np.eye(96))
+    assert "pixels" not in " ".join(judge(tmp_path / "stats.npz", tmp_path / "b.npz", *TINY)["warnings"])
+    assert "sorted by class" in warnings(pictures(120), labels=np.arange(120) // 40)
+
+
+def test_reconstructions_are_judged_against_their_originals(judge, tmp_path):
+    torch.manual_seed(3)
+    rae = RAE("tiny", "tiny", 32, encoder_weights="random").eval()
+    save_checkpoint(tmp_path / "rae.pt", config=rae.config, encoder=rae.encoder.state_dict(),
+                    ema=rae.decoder.state_dict(), mean=rae.mean, var=rae.var)
+    arguments = "--rae", tmp_path, "--data", "shapes", "--num", 40, *TINY
+    result = judge(*arguments, "--save-stats", tmp_path / "stats.npz")
+    chosen = np.sort(np.random.RandomState(0).permutation(10_000)[:40])
+    shapes = open_val("shapes", None, 32)
+    images = torch.stack([shapes[i, 0][0] for i in chosen.tolist()]).float() / 255
+    with torch.no_grad():
+        copies = (rae.decode(rae.encode(images)).clamp(0, 1) * 255).round() / 255
+    psnr = -10 * (images - copies).square().mean((1, 2, 3)).log10()
+    assert result["psnr"] == pytest.approx(psnr.mean().item(), rel=1e-3)
+    assert result["ssim"] == pytest.approx(fid.ssim(images, copies).mean().item(), abs=1e-3)
+    assert result["n"] == result["reference_n"] == 40 and result["rfd"] > 0
+    assert result["lpips"] is None and "vgg16" in " ".join(result["warnings"])
+    again = judge(tmp_path / "stats.npz", *arguments)                         # the originals', kept
+    assert again["rfd"] == pytest.approx(result["rfd"])
+    assert "was not made of" not in " ".join(again["warnings"])
+    np.savez(tmp_path / "other.npz", mu=np.zeros(96), sigma=np.eye(96))
+    assert "was not made of shapes" in " ".join(judge(tmp_path / "other.npz", *arguments)["warnings"])
+
+
+def test_the_probe_of_tokens_beats_chance_on_shapes(judge):
+    result = judge("--probe", "--data", "shapes", "--num", 400, *TINY)
+    assert result["probe_top1"] > 0.15 and result["n"] == result["n_train"] == 400 and result["classes"] == 10
+
+
+@pytest.mark.parametrize("problem, says", [
+    ("missing.npz", "cannot be read"), ("text.npz", "cannot be read"), ("pickle.npz", "cannot be read"),
+    ("array.npy", "cannot be read"), ("truncated.npz", "cannot be read"), ("keys.npz", "holds other"),
+    ("float.npz", "float32"), ("grey.npz", r"\(20, 32, 32\)"), ("one.npz", "1 image"),
+    ("none.npz", "0 image"), ("text", "cannot identify"),
+    ("wide.npz", "96"), ("foreign.npz", "dinov2_s"), ("mixed", "mixed sizes"), ("empty", "without images")])
+def test_wrong_input_gets_one_sentence_before_long_work(judge, tmp_path, problem, says):
+    np.savez(tmp_path / "good.npz", arr_0=pictures(20))
+    np.savez(tmp_path / "keys.npz", other=np.zeros(3))
+    np.savez(tmp_path / "pickle.npz", arr_0=np.array([{}, 1], object))
+    np.savez(tmp_path / "float.npz", arr_0=pictures(20).astype(np.float32) / 255)
+    np.savez(tmp_path / "grey.npz", arr_0=pictures(20)[..., 0])
+    np.savez(tmp_path / "one.npz", arr_0=pictures(1))
+    np.savez(tmp_path / "none.npz", arr_0=pictures(0))
+    np.savez(tmp_path / "wide.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    np.savez(tmp_path / "foreign.npz", mu=np.zeros(96), sigma=np.eye(96), features="dinov2_s")
+    np.save(tmp_path / "array.npy", pictures(20))
+    (tmp_path / "text.npz").write_text("no archive")
+    (tmp_path / "truncated.npz").write_bytes((tmp_path / "good.npz").read_bytes()[:1000])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "image.png").write_text("no image")
+    for side in (32, 64):
+        Image.fromarray(pictures(1, side=side)[0]).save(tmp_path / "mixed" / f"{side}.png")
+    for arguments in ([problem, "good.npz"], ["good.npz", problem]):
+        with pytest.raises(UserError, match=says) as error:
+            judge(*(tmp_path / name for name in arguments), *TINY)
+        assert "\n" not in str(error.value) and problem in str(error.value)
