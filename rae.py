@@ -321,20 +321,23 @@ def build_encoder(name, image_size, weights=None, flag="--encoder-weights"):
         return nn.Identity()
     model = timm.create_model(spec.timm, num_classes=0, global_pool="", **spec.options)       # at its pretrained size
     model.norm = nn.LayerNorm(spec.dim, eps=model.norm.eps, elementwise_affine=False)         # mean 0, variance 1 per token
+    prefix, native = 0 if model.no_embed_class else model.num_prefix_tokens, model.pos_embed.shape
+    resample = partial(resample_abs_pos_embed, new_size=[side, side], num_prefix_tokens=prefix,
+                       antialias=spec.antialias)                    # as the reference implementation does it
+    model.pos_embed = nn.Parameter(resample(model.pos_embed.detach()))
+    model.patch_embed.set_input_size(img_size=side * spec.patch)
     if weights is None:
         weights = ROOT / "assets/tiny.pt" if name == "tiny" else fetch(
             f"timm/{spec.timm}", "model.safetensors", f"{flag} PATH (encoder {name})")
     if str(weights) != "random":
         state = dict(unwrap(weights if isinstance(weights, dict) else read_weights(weights)))
-        if "register_tokens" in state:                                        # DINOv2's own file: timm adds [CLS]'s position
-            cls_position, state["pos_embed"] = state["pos_embed"].split([1, state["pos_embed"].shape[1] - 1], 1)
-            state |= dict(reg_token=state.pop("register_tokens"), cls_token=state["cls_token"] + cls_position)
-        unused = ("norm.", "fc_norm.", "head", "attn_pool.", "decoder", "mask_token")         # parts not used here
+        if "register_tokens" in state:                  # DINOv2's own file: timm adds [CLS]'s position to it
+            position, state["pos_embed"] = state["pos_embed"].split([1, state["pos_embed"].shape[1] - 1], 1)
+            state |= dict(reg_token=state.pop("register_tokens"), cls_token=state["cls_token"] + position)
+        if getattr(state.get("pos_embed"), "shape", None) == native:        # ours are saved resampled
+            state["pos_embed"] = resample(state["pos_embed"].float())
+        unused = ("norm.", "fc_norm.", "head", "attn_pool.", "decoder", "mask_token")
         load_strict(model, {k: v for k, v in state.items() if not k.startswith(unused)}, f"encoder {name}")
-    prefix = 0 if model.no_embed_class else model.num_prefix_tokens           # resampled as the reference does it
-    model.pos_embed = nn.Parameter(resample_abs_pos_embed(model.pos_embed.detach(), [side, side], num_prefix_tokens=prefix,
-                                                          antialias=spec.antialias))
-    model.patch_embed.set_input_size(img_size=side * spec.patch)
     return model.eval().requires_grad_(False)
 
 
@@ -701,6 +704,7 @@ def log(run, **values):
     """One line to RUN/log.jsonl, and to the terminal; on rank 0."""
     if dist.get_rank() == 0:
         values = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
+        Path(run).mkdir(parents=True, exist_ok=True)
         with open(Path(run, "log.jsonl"), "a") as file:
             file.write(json.dumps(values) + "\n")
         if "eta" in values:

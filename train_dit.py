@@ -410,7 +410,7 @@ def main():
         if rank == 0 and save_checkpoint(run / "dit.pt", config=config, fixed=fixed, step=step, alpha=alpha,
                                          rae=None if Path(path) == run / "rae.pt" else str(path),
                                          classes=dataset.classes, model=model.state_dict(), ema=ema.module.state_dict(),
-                                         optimizer=optimizer.state_dict()):
+                                         optimizer=optimizer.state_dict()) and step >= args.save_every:
             from sample import generate
             labels = torch.arange(50) % 10 * max(1, config["num_classes"] // 10) % config["num_classes"]
             images = generate(ema.module, rae, labels, mix(0, torch.arange(50)), alpha, steps=25)

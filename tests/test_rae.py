@@ -195,3 +195,10 @@ def test_impossible_autoencoders_are_refused_in_a_sentence(arguments, sentence):
 def test_decoder_runs_on_the_meta_device():
     with torch.device("meta"):
         assert Decoder(256, 768, 1152, 28, 16, 4096, 32)(torch.empty(1, 256, 768)).shape == (1, 3, 512, 512)
+
+
+def test_a_saved_encoder_comes_back_at_its_grid():
+    sizes = dict(width=64, depth=1, heads=1, mlp_hidden=64)
+    rae = RAE("dinov2_s", sizes, 48, encoder_weights="random")                # 3x3 of the table's 37x37 positions
+    again, images = RAE("dinov2_s", sizes, 48, encoder_weights=rae.encoder.state_dict()), torch.rand(1, 3, 48, 48)
+    assert torch.equal(again.tokens(images), rae.tokens(images))
