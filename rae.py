@@ -18,6 +18,7 @@ import os
 import pickle
 import re
 import signal
+import struct
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -47,18 +48,18 @@ class UserError(SystemExit, ValueError):
 # Randomness belongs to a sample, not to a batch: ranks, accumulation and resuming then change nothing
 
 def mix(*parts):
-    """Hash integers (ints or int64 tensors, broadcast) to uniform int64 in [0, 2^63), by chained splitmix64 finalisers."""
+    """Hash integers (ints or int64 tensors, broadcast) to uniform int64 in [0, 2^63): chained splitmix64."""
     h = torch.zeros((), dtype=torch.int64)
     for part in parts:
-        h = (h ^ part) - 0x61C8864680B583EB                                   # int64 wraps around, as it should
-        h = (h ^ h >> 30 & 0x3FFFFFFFF) * -0x40A7B892E31B1A47                 # shifts keep the sign: mask it away
+        h = (h ^ part) - 0x61C8864680B583EB                                 # int64 wraps around, as it should
+        h = (h ^ h >> 30 & 0x3FFFFFFFF) * -0x40A7B892E31B1A47             # shifts keep the sign: mask it away
         h = (h ^ h >> 27 & 0x1FFFFFFFFF) * -0x6B2FB644ECCEEE15
         h = h ^ h >> 31 & 0x1FFFFFFFF
     return h & 0x7FFFFFFFFFFFFFFF
 
 
 def normals(keys, count, device):
-    """keys (B,) int64 on the CPU -> (B, count) standard normals on the device, row i a function of keys[i] alone."""
+    """keys (B,) int64 on the CPU -> (B, count) standard normals on the device, row i from keys[i] alone."""
     rows, generator = torch.empty(len(keys), count, device=device), torch.Generator(device)
     for row, key in zip(rows, keys.tolist()):
         row.normal_(generator=generator.manual_seed(key))
@@ -68,7 +69,7 @@ def normals(keys, count, device):
 # Images
 
 def center_crop(image, size):
-    """PIL image -> its centre, size x size, as ADM prepares ImageNet: halved by boxes, then bicubic (section 3 of ADM)."""
+    """PIL image -> its centre, size x size, as ADM prepares ImageNet: halved by boxes, then bicubic."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     sides = [round(side * size / min(image.size)) for side in image.size]
@@ -77,7 +78,7 @@ def center_crop(image, size):
 
 
 def random_crop(image, size, key):
-    """Stage 1's augmentation: the shorter side to 1.5 x size (384 for 256), then a crop at a place drawn from key."""
+    """Stage 1's augmentation: the shorter side to 1.5 x size (384 for 256), then a crop drawn from key."""
     image, rng = TF.resize(image, size * 3 // 2, TF.InterpolationMode.BICUBIC), np.random.default_rng(key)
     top, left = rng.integers(image.height - size + 1), rng.integers(image.width - size + 1)
     return image.crop((left, top, left + size, top + size))
@@ -87,7 +88,7 @@ def read_image(path):
     """A file -> upright RGB PIL image."""
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):                                     # 16-bit grey: convert() would clip it
+        if image.mode.startswith("I;16"):                               # 16-bit grey: convert() would clip it
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         return image.convert("RGB")
 
@@ -95,34 +96,37 @@ def read_image(path):
 class Folder(Dataset):
     """An ImageFolder tree, class/*.jpg: items (index, key) -> (uint8 image (3,size,size), label, key).
 
-    In training a file that cannot be decoded gives way to the next one, otherwise its label is -1; it is named once.
+    A file that cannot be decoded is named once; in training the next takes its place, else its label is -1.
     """
     def __init__(self, path, size, train=False, crop=False):
         try:
             files = ImageFolder(path, allow_empty=True)
         except (FileNotFoundError, NotADirectoryError):
-            raise UserError(f"{path}: images are expected as {path}/CLASS/*.jpg, and there is no such folder or no class folder"
-                            " in it; give another --data, or `--data shapes`") from None
+            raise UserError(f"{path}: no such folder, or no class folder in it: images are expected as"
+                            f" {path}/CLASS/*.jpg; give another --data, or `--data shapes`") from None
         if not files.samples:
             raise UserError(f"{path}: no image in any of its {len(files.classes)} class folders")
-        self.samples, self.classes, self.size, self.train, self.crop = files.samples, files.classes, size, train, crop
-        self.broken = torch.zeros(len(self.samples), dtype=torch.bool).share_memory_()        # seen by all workers
+        self.samples, self.classes = files.samples, files.classes
+        self.size, self.train, self.crop = size, train, crop
+        self.broken = torch.zeros(len(self.samples), dtype=torch.bool).share_memory_()  # seen by all workers
 
     def __len__(self):
         return len(self.samples)
 
     def __getitem__(self, item):
         index, key = item
-        for place in range(index, index + len(self)):
-            path, label = self.samples[place % len(self)]
+        for place in (i % len(self) for i in range(index, index + len(self))):
+            path, label = self.samples[place]
             try:
                 image = read_image(path)
-                image = random_crop(image, self.size, key) if self.train and self.crop else center_crop(image, self.size)
+                augmented = self.train and self.crop
+                image = random_crop(image, self.size, key) if augmented else center_crop(image, self.size)
                 return TF.pil_to_tensor(image), label, key
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                if not self.broken[place % len(self)]:
+            except (OSError, ValueError, SyntaxError, KeyError, IndexError, TypeError, struct.error,
+                    Image.DecompressionBombError) as error:                  # what PIL raises on broken files
+                if not self.broken[place]:
                     print(f"skipped {path}: {error}", flush=True)
-                self.broken[place % len(self)] = True
+                self.broken[place] = True
             if not self.train:
                 return torch.zeros(3, self.size, self.size, dtype=torch.uint8), -1, key
         raise UserError("not one image of the folder can be decoded")
@@ -155,7 +159,7 @@ class Shapes(Dataset):
         return self.__getitems__([item])[0]
 
     def __getitems__(self, items):
-        """What DataLoader calls for a batch: [(index, key), ...] -> [(image uint8 (3,size,size), label, key), ...]."""
+        """What DataLoader calls for a batch: [(index, key), ...] -> [(uint8 image, label, key), ...]."""
         indices, keys = zip(*items)
         images, labels = self.render(self.first + torch.tensor(indices))
         return list(zip(images, labels.tolist(), keys))
@@ -231,22 +235,24 @@ def open_val(val, data, size):
 
 
 class Order(Sampler):
-    """Which images make up which batch: the data set is passed in permutations, one per (seed, epoch), and step s takes the
-    places s * batch ... of that endless sequence. Yields micro-batches [(index, key)], key = hash(seed, step, place)."""
+    """Which images make up which batch: the data set is passed in permutations, one per (seed, epoch); step s
+    takes the places from s * batch on. Yields micro-batches [(index, key)], key = hash(seed, step, place)."""
     def __init__(self, length, batch, accum=1, seed=0, step=0, rank=0, world=1):
-        self.length, self.batch, self.accum, self.seed, self.step = length, batch, accum, seed, step
-        self.rank, self.world = rank, world
+        self.length, self.batch, self.accum, self.seed = length, batch, accum, seed
+        self.step, self.rank, self.world = step, rank, world
 
     def __iter__(self):
         @lru_cache(2)
         def permutation(epoch):
-            return torch.randperm(self.length, generator=torch.Generator().manual_seed(int(mix(self.seed, epoch)))).tolist()
+            generator = torch.Generator().manual_seed(int(mix(self.seed, epoch)))
+            return torch.randperm(self.length, generator=generator).tolist()
         size, step = self.batch // (self.accum * self.world), self.step
         while True:
             for micro in range(self.accum):
                 places = torch.arange(size) + (micro * self.world + self.rank) * size
-                keys, positions = mix(self.seed, step, places).tolist(), (step * self.batch + places).tolist()
-                yield [(permutation(p // self.length)[p % self.length], key) for p, key in zip(positions, keys)]
+                keys, positions = mix(self.seed, step, places), step * self.batch + places
+                yield [(permutation(p // self.length)[p % self.length], key)
+                       for p, key in zip(positions.tolist(), keys.tolist())]
             step += 1
 
 
@@ -261,17 +267,18 @@ def ignore_interrupt(_):
 
 def batches(dataset, order, workers, device):
     """Endless (images (b,3,H,W) in [0,1] and labels (b,) on the device, keys (b,) on the CPU)."""
-    loader = DataLoader(dataset, batch_sampler=order, pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupt,
-                        num_workers=worker_count(dataset, workers))
+    loader = DataLoader(dataset, batch_sampler=order, num_workers=worker_count(dataset, workers),
+                        worker_init_fn=ignore_interrupt, pin_memory=device.type == "cuda")
     for images, labels, keys in loader:
         yield images.to(device, non_blocking=True).float() / 255, labels.to(device, non_blocking=True), keys
 
 
 def in_order(dataset, batch, device, rank=0, world=1, workers=None, most=None):
-    """Each image once (the first `most`), ranks taking turns: (images, labels, indices), undecodable files left out."""
+    """Each image once (the first `most`), ranks taking turns: (images, labels, indices), no broken files."""
     items = [(i, i) for i in range(rank, min(len(dataset), most or len(dataset)), world)]
-    for images, labels, indices in DataLoader(dataset, num_workers=worker_count(dataset, workers), batch_sampler=[
-            items[i:i + batch] for i in range(0, len(items), batch)]):
+    order = [items[i:i + batch] for i in range(0, len(items), batch)]
+    loader = DataLoader(dataset, batch_sampler=order, num_workers=worker_count(dataset, workers))
+    for images, labels, indices in loader:
         if (good := labels >= 0).any():
             yield images[good].to(device).float() / 255, labels[good].to(device), indices[good]
 
@@ -302,25 +309,25 @@ ENCODERS = {  #            timm model                            image input pat
     "dinov2_b":  Encoder("vit_base_patch14_reg4_dinov2.lvd142m",  256, 224, 14,  768, IMAGENET),
     "dinov2_l":  Encoder("vit_large_patch14_reg4_dinov2.lvd142m", 256, 224, 14, 1024, IMAGENET),
     "siglip2_b": Encoder("vit_base_patch16_siglip_256.v2_webli",  256, 256, 16,  768, HALF, options=TANH),
-    "mae_b":     Encoder("vit_base_patch16_224.mae",              256, 256, 16,  768, IMAGENET, antialias=False),
-    "dino_s8":   Encoder("vit_small_patch8_224.dino",             224, 224,  8,  384, IMAGENET, options=TANH),  # discriminator
-    "pixel":     Encoder("",                                      256, 256, 16,  768, HALF),                    # patches
+    "mae_b":     Encoder("vit_base_patch16_224.mae",              256, 256, 16,  768, IMAGENET, False),
+    "dino_s8":   Encoder("vit_small_patch8_224.dino",             224, 224,  8,  384, IMAGENET, True, TANH),
+    "pixel":     Encoder("",                                      256, 256, 16,  768, HALF),  # patches
     "tiny":      Encoder("vit_tiny_patch16_224",                   32,  32,  8,   96, HALF, options=dict(
                          img_size=32, patch_size=8, embed_dim=96, depth=4, num_heads=4)),
 }
 
 
 def build_encoder(name, image_size, weights=None, flag="--encoder-weights"):
-    """The frozen encoder: normalised pixels (B,3,h,w) -> timm's ViT, its patch tokens layer-normed without affine.
+    """The frozen encoder: normalised pixels (B,3,h,w) -> timm's ViT, its tokens layer-normed without affine.
 
-    weights: None for the pretrained ones (timm's from the hub; `tiny`: bundled), "random", the path of a state dict in timm's
-    format or in that of DINOv2's or MAE's authors, or such a dict. Source: section 3 and the reference implementations.
+    weights: None for the pretrained ones (timm's from the hub; `tiny`: bundled), "random", a state dict of
+    timm, DINOv2's or MAE's authors, or its path. Source: section 3 and the reference implementations.
     """
     spec, side = ENCODERS[name], image_size // ENCODERS[name].stride
     if name == "pixel":
         return nn.Identity()
-    model = timm.create_model(spec.timm, num_classes=0, global_pool="", **spec.options)       # at its pretrained size
-    model.norm = nn.LayerNorm(spec.dim, eps=model.norm.eps, elementwise_affine=False)         # mean 0, variance 1 per token
+    model = timm.create_model(spec.timm, num_classes=0, global_pool="", **spec.options)
+    model.norm = nn.LayerNorm(spec.dim, eps=model.norm.eps, elementwise_affine=False)    # mean 0, variance 1
     prefix, native = 0 if model.no_embed_class else model.num_prefix_tokens, model.pos_embed.shape
     resample = partial(resample_abs_pos_embed, new_size=[side, side], num_prefix_tokens=prefix,
                        antialias=spec.antialias)                    # as the reference implementation does it
@@ -344,16 +351,15 @@ def build_encoder(name, image_size, weights=None, flag="--encoder-weights"):
 # The decoder
 
 def sincos_2d(side, dim):
-    """Fixed position embedding (side*side, dim), MAE's convention: columns in the first half, rows in the second."""
+    """MAE's fixed position embedding (side*side, dim): columns in the first half, rows in the second."""
     omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega                         # (side, dim/4)
-    axis = torch.cat([angles.sin(), angles.cos()], 1)                                         # (side, dim/2)
-    rows, columns = axis[:, None].expand(-1, side, -1), axis[None].expand(side, -1, -1)
-    return torch.cat([columns, rows], 2).reshape(side * side, dim).float()
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega         # (side, dim/4)
+    axis = torch.cat([angles.sin(), angles.cos()], 1)                         # (side, dim/2)
+    return torch.cat([axis.repeat(side, 1), axis.repeat_interleave(side, 0)], 1).float()
 
 
 def attention(q, k, v):
-    """scaled_dot_product_attention of (B,heads,N,head_dim); fp32 on CPUs, where the bf16 kernel is ten times slower."""
+    """scaled_dot_product_attention (B,heads,N,head_dim); fp32 on CPUs, where bf16 is ten times slower."""
     if q.device.type == "cpu":
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float())
@@ -361,7 +367,7 @@ def attention(q, k, v):
 
 
 def patchify(images, patch):
-    """(B,3,h*patch,w*patch) -> (B,h*w,3*patch*patch), the values of a token ordered (row, column, channel)."""
+    """(B,3,h*patch,w*patch) -> (B,h*w,3*patch*patch), a token's values ordered (row, column, channel)."""
     x = images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))            # (B, 3, h, row, w, column)
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
@@ -376,7 +382,8 @@ def unpatchify(x, patch):
 class DecoderBlock(nn.Module):
     def __init__(self, width, heads, mlp_hidden):
         super().__init__()
-        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(width, eps=1e-12), nn.LayerNorm(width, eps=1e-12)
+        self.heads, self.norm1 = heads, nn.LayerNorm(width, eps=1e-12)
+        self.norm2 = nn.LayerNorm(width, eps=1e-12)
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, mlp_hidden), nn.GELU(), nn.Linear(mlp_hidden, width))
 
@@ -395,13 +402,14 @@ DECODERS = {
 
 
 class Decoder(nn.Module):
-    """MAE's ViT decoder: tokens (B,N,D) -> normalised pixels (B,3,h*patch,w*patch). Source: section 3, appendix."""
+    """MAE's ViT decoder: tokens (B,N,D) -> normalised pixels (B,3,h*patch,w*patch). Source: appendix."""
     def __init__(self, tokens, token_dim, width, depth, heads, mlp_hidden, patch):
         super().__init__()
         if width % heads or width % 4 or math.isqrt(tokens) ** 2 != tokens:
-            raise UserError(f"no decoder of width {width}, {heads} heads on {tokens} tokens: the width must be a multiple of the"
-                            " heads and of 4, and the tokens must form a square")
-        self.patch, self.embed, self.cls_token = patch, nn.Linear(token_dim, width), nn.Parameter(torch.zeros(1, 1, width))
+            raise UserError(f"no decoder of width {width}, {heads} heads on {tokens} tokens: the width must"
+                            " be a multiple of the heads and of 4, and the tokens must form a square")
+        self.patch, self.embed = patch, nn.Linear(token_dim, width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.register_buffer("pos_embed", sincos_2d(math.isqrt(tokens), width), persistent=False)
         self.blocks = nn.ModuleList(DecoderBlock(width, heads, mlp_hidden) for _ in range(depth))
         self.norm, self.predict = nn.LayerNorm(width, eps=1e-12), nn.Linear(width, 3 * patch * patch)
@@ -419,8 +427,8 @@ class Decoder(nn.Module):
 class RAE(nn.Module):
     """Frozen encoder, latent statistics, decoder.
 
-    encoder: a name in ENCODERS; decoder: one in DECODERS or a dict of such sizes; image_size: side of the images that are
-    encoded, decoded at image_size * upsample; encoder_weights: as build_encoder takes them, False: for decoding only.
+    encoder: a name in ENCODERS; decoder: one in DECODERS or a dict of such sizes; image_size: the images',
+    decoded at image_size * upsample; encoder_weights: as build_encoder's, False: for decoding only.
     """
     def __init__(self, encoder="dinov2_b", decoder="XL", image_size=256, upsample=1, encoder_weights=None):
         super().__init__()
@@ -430,7 +438,7 @@ class RAE(nn.Module):
         self.spec, sizes = ENCODERS[encoder], DECODERS[decoder] if isinstance(decoder, str) else decoder
         self.stride, self.token_dim = self.spec.stride, self.spec.dim
         if image_size % self.stride:
-            raise UserError(f"image size {image_size} does not fit encoder {encoder}: take a multiple of {self.stride}")
+            raise UserError(f"image size {image_size} misfits {encoder}: use a multiple of {self.stride}")
         self.name, self.image_size, self.upsample = encoder, image_size, upsample
         self.config = dict(encoder=encoder, decoder=dict(sizes), image_size=image_size, upsample=upsample)
         self.num_tokens, self.encoder = (image_size // self.stride) ** 2, None
@@ -453,7 +461,7 @@ class RAE(nn.Module):
     def tokens(self, images):
         """images (B,3,H,W) in [0,1] -> layer-normed patch tokens (B,N,D), in fp32 whatever autocast says."""
         if images.shape[-1] == self.image_size * self.upsample:
-            images = F.avg_pool2d(images, self.upsample)                      # as a data set of image_size has it
+            images = F.avg_pool2d(images, self.upsample)                  # as a data set of image_size has it
         side = self.image_size // self.stride * self.spec.patch
         if images.shape[-2:] != (side, side):
             images = F.interpolate(images, (side, side), mode="bicubic", align_corners=False, antialias=False)
@@ -463,7 +471,7 @@ class RAE(nn.Module):
         if self.encoder is None:
             raise UserError("this autoencoder was loaded for decoding only")
         with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
-            return self.encoder.forward_features(x)[:, self.encoder.num_prefix_tokens:]       # no [CLS], no registers
+            return self.encoder.forward_features(x)[:, self.encoder.num_prefix_tokens:]
 
     def encode(self, images):
         """images (B,3,H,W) in [0,1] -> z (B,N,D), standardised per position and channel; deterministic."""
@@ -471,7 +479,7 @@ class RAE(nn.Module):
         return (x - self.mean) / self.std
 
     def decode(self, z, decoder=None):
-        """z (B,N,D) -> images (B,3,H',W') around [0,1], unclamped; decoder: another one (EMA, DDP) in place of ours."""
+        """z (B,N,D) -> images (B,3,H',W') around [0,1], unclamped; decoder: another (EMA, DDP) than ours."""
         x = (decoder or self.decoder)(z * self.std + self.mean)               # (B, 3, H', W')
         return x * self.pixel_std + self.pixel_mean
 
@@ -492,7 +500,8 @@ RELEASED = {  #    encoder, image size, decoder and statistics in HUB
                      "stats/dinov2/wReg_base/imagenet1k_512/stat.pt"),
     "siglip2_b":    ("siglip2_b", 256, "decoders/siglip2/base_p16_i256/ViTXL_n08/model.pt",
                      "stats/siglip2/base_p16_i256/ImageNet1k/stat.pt"),
-    "mae_b":        ("mae_b", 256, "decoders/mae/base_p16/ViTXL_n08/model.pt", "stats/mae/base_p16/ImageNet1k/stat.pt"),
+    "mae_b":        ("mae_b", 256, "decoders/mae/base_p16/ViTXL_n08/model.pt",
+                     "stats/mae/base_p16/ImageNet1k/stat.pt"),
 }
 
 
@@ -500,15 +509,15 @@ def fetch(repo, file, flag, folder=None):
     """The local path of a hub file: in `folder`, under the same relative path, or through the hub's cache."""
     if folder is not None:
         if not Path(folder, file).is_file():
-            raise UserError(f"--weights {folder}: {file} of {repo} is expected there, under this relative path")
+            raise UserError(f"--weights {folder}: {file} of {repo} is expected under this relative path")
         return Path(folder, file)
     import huggingface_hub
-    huggingface_hub.utils.logging.set_verbosity_error()                       # the sentence below instead of every retry
+    huggingface_hub.utils.logging.set_verbosity_error()  # the sentence below instead of every retry
     try:
         return Path(huggingface_hub.hf_hub_download(repo, file))
     except OSError as error:
-        raise UserError(f"cannot fetch {file} of {repo} from the Hugging Face hub ({type(error).__name__}); without a network,"
-                        f" bring that file yourself and name it with {flag}") from None
+        raise UserError(f"cannot fetch {file} of {repo} from the Hugging Face hub ({type(error).__name__});"
+                        f" without a network, bring that file yourself and name it with {flag}") from None
 
 
 def read_weights(path):
@@ -523,7 +532,8 @@ def read_weights(path):
         return state
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError,
+            AttributeError) as error:
         raise UserError(f"{path} is no checkpoint that can be read without running code from it"
                         f" ({type(error).__name__}: {str(error).splitlines()[0][:80]})") from None
 
@@ -532,32 +542,32 @@ def load_strict(module, state, what):
     """load_state_dict, with one sentence that names the keys that are missing, foreign or misshapen."""
     own = module.state_dict()
     wrong = {"missing": own.keys() - state.keys(), "foreign": state.keys() - own.keys(),
-             "misshapen": {k for k in own.keys() & state.keys() if own[k].shape != getattr(state[k], "shape", None)}}
+             "misshapen": {k for k in own if k in state and own[k].shape != getattr(state[k], "shape", 0)}}
     if any(wrong.values()):
         raise UserError(f"{what}: weights of another model: " + "; ".join(
-            f"{len(keys)} {kind} ({', '.join(sorted(keys)[:4])}{', ...' * (len(keys) > 4)})" for kind, keys in wrong.items() if keys))
+            f"{len(keys)} {kind} ({', '.join(sorted(keys)[:4])}{', ...' * (len(keys) > 4)})"
+            for kind, keys in wrong.items() if keys))
     module.load_state_dict(state)
 
 
 def from_release(state_dict):
-    """The state dict of a released decoder -> Decoder's. The fixed decoder_pos_embed may be absent; nothing else may."""
-    position, state = state_dict.get("decoder_pos_embed"), {}
+    """A released decoder's state dict -> Decoder's; only the fixed decoder_pos_embed may be absent."""
+    state = dict(state_dict)
+    position = state.pop("decoder_pos_embed", None)
     if position is not None:
         expected = F.pad(sincos_2d(math.isqrt(position.shape[1] - 1), position.shape[2]), (0, 0, 1, 0))
         if not torch.allclose(position[0].float(), expected, atol=1e-4):
             raise UserError("decoder_pos_embed of this file is not the fixed sin-cos embedding")
-    for key, value in state_dict.items():
-        for old, new in (("trainable_cls_token", "cls_token"), ("decoder_embed", "embed"), ("decoder_layers", "blocks"),
-                         ("attention.attention.query", "qkv"), ("attention.output.dense", "proj"), ("decoder_norm", "norm"),
-                         ("intermediate.dense", "mlp.0"), ("output.dense", "mlp.2"), ("decoder_pred", "predict"),
-                         ("layernorm_before", "norm1"), ("layernorm_after", "norm2")):
-            key = key.replace(old, new)
-        state[key] = value
-    for key in [key for key in state if ".qkv." in key]:                      # query, key, value: one linear here
+    for old, new in (("trainable_cls_token", "cls_token"), ("decoder_embed", "embed"),
+                     ("decoder_layers", "blocks"), ("attention.attention.query", "qkv"),
+                     ("attention.output.dense", "proj"), ("intermediate.dense", "mlp.0"),
+                     ("output.dense", "mlp.2"), ("layernorm_before", "norm1"), ("layernorm_after", "norm2"),
+                     ("decoder_norm", "norm"), ("decoder_pred", "predict")):
+        state = {key.replace(old, new): value for key, value in state.items()}
+    for key in [key for key in state if ".qkv." in key]:            # query, key, value: one linear here
         others = [key.replace("qkv", f"attention.attention.{part}") for part in ("key", "value")]
         if all(other in state for other in others):
             state[key] = torch.cat([state[key], *map(state.pop, others)])
-    state.pop("decoder_pos_embed", None)
     return state
 
 
@@ -567,13 +577,13 @@ def unwrap(state):
 
 
 def load_rae(path_or_name, device="cpu", encoder=None, decode_only=False, weights=None):
-    """An RAE for use (EMA decoder, eval mode): from our rae.pt or its run folder, from release:NAME (the hub's files, or those
-    in the folder `weights`), or from a released decoder with stat.pt beside it, `encoder` saying whose latents it decodes."""
+    """An RAE for use (EMA decoder, eval mode): from our rae.pt or its run folder, release:NAME (files of the
+    hub or of the folder `weights`), or from a released decoder of `encoder`'s latents, stat.pt beside it."""
     path = Path(path_or_name, "rae.pt") if Path(path_or_name).is_dir() else Path(path_or_name)
     stat, name = path.parent / "stat.pt", str(path_or_name).removeprefix("release:")
     if str(path_or_name).startswith("release:"):
         if name not in RELEASED:
-            raise UserError(f"unknown release:{name}; there are {', '.join('release:' + key for key in RELEASED)}")
+            raise UserError(f"unknown release:{name}; there are release:{', release:'.join(RELEASED)}")
         encoder, _, *files = RELEASED[name]
         path, stat = (fetch(HUB, file, "--weights DIR", weights) for file in files)
     saved = read_weights(path)
@@ -581,13 +591,14 @@ def load_rae(path_or_name, device="cpu", encoder=None, decode_only=False, weight
         rae, state = RAE(**saved["config"], encoder_weights=False), saved["ema"]
         mean, var, encoder_weights = saved["mean"], saved["var"], saved["encoder"]
     else:
-        state, encoder_weights, stat = unwrap(saved), None, read_weights(stat)
         if encoder not in ENCODERS:
-            raise UserError(f"{path} is no rae.pt; if it is a released decoder, say whose latents it decodes: its shapes cannot"
-                            f" tell (encoder = {', '.join(ENCODERS)})")
-        mean, var = (None if stat.get(key) is None else stat[key].flatten(1).T for key in ("mean", "var"))    # (D,h,w) -> (N,D)
-        rae = RAE(encoder, released_sizes(state, path), math.isqrt(len(var)) * ENCODERS[encoder].stride,
-                  math.isqrt(len(state["decoder_pred.bias"]) // 3) // ENCODERS[encoder].stride, encoder_weights=False)
+            raise UserError(f"{path} is no rae.pt; if it is a released decoder, say whose latents it"
+                            f" decodes: its shapes cannot tell (encoder = {', '.join(ENCODERS)})")
+        state, encoder_weights, stat = unwrap(saved), None, read_weights(stat)
+        mean, var = (None if stat.get(key) is None else stat[key].flatten(1).T for key in ("mean", "var"))
+        stride = ENCODERS[encoder].stride
+        rae = RAE(encoder, released_sizes(state, path), math.isqrt(len(var)) * stride,
+                  math.isqrt(len(state["decoder_pred.bias"]) // 3) // stride, encoder_weights=False)
         state = from_release(state)
     load_strict(rae.decoder, {key: value.float() for key, value in state.items()}, str(path))
     rae.mean.copy_(0 if mean is None else mean), rae.var.copy_(var)
@@ -598,16 +609,19 @@ def load_rae(path_or_name, device="cpu", encoder=None, decode_only=False, weight
 
 def released_sizes(state, path):
     """A released decoder's sizes, read off its tensors; the presets know the heads."""
-    if not {"decoder_embed.weight", "decoder_pred.bias", "decoder_layers.0.intermediate.dense.bias"} <= state.keys():
-        raise UserError(f"{path} is neither a rae.pt nor a released decoder: decoder_embed, decoder_pred or layers are missing")
-    width = len(state["decoder_embed.weight"])
+    embed, predict = "decoder_embed.weight", "decoder_pred.bias"
+    mlp = "decoder_layers.0.intermediate.dense.bias"
+    if not {embed, predict, mlp} <= state.keys():
+        raise UserError(f"{path} is neither a rae.pt nor a released decoder: decoder_embed,"
+                        " decoder_pred or layers are missing")
+    width = len(state[embed])
     heads = {sizes["width"]: sizes["heads"] for sizes in DECODERS.values()}.get(width, max(1, width // 64))
-    return dict(width=width, depth=len({key.split(".")[1] for key in state if key.startswith("decoder_layers.")}), heads=heads,
-                mlp_hidden=len(state["decoder_layers.0.intermediate.dense.bias"]))
+    depth = len({key.split(".")[1] for key in state if key.startswith("decoder_layers.")})
+    return dict(width=width, depth=depth, heads=heads, mlp_hidden=len(state[mlp]))
 
 
 def save_checkpoint(path, **state):
-    """Write a checkpoint of plain types through a temporary file, so that a killed process leaves the last good one.
+    """Write a checkpoint of plain types through a temporary file: a killed process leaves the last good one.
     Whether it worked: a full disk is reported, and training goes on."""
     path, temporary = Path(path), Path(f"{path}.tmp")
     try:
@@ -620,23 +634,25 @@ def save_checkpoint(path, **state):
     except (OSError, RuntimeError) as error:
         if temporary.is_file():
             temporary.unlink()
-        print(f"WARNING: {path} could not be written ({error}); the last good one stays, the next save tries again", flush=True)
+        print(f"WARNING: {path} could not be written ({error}); the last good one stays,"
+              " the next save tries again", flush=True)
         return False
     return True
 
 
 def newest(name):
     """The newest out/*/name, else the bundled demo's."""
-    return max(Path("out").glob(f"*/{name}"), key=lambda path: path.stat().st_mtime, default=ROOT / "assets/demo" / name)
+    return max(Path("out").glob(f"*/{name}"), key=os.path.getmtime, default=ROOT / "assets/demo" / name)
 
 
 # What both trainers do around their loops
 
 def start():
     """Join torchrun's process group, or make one of a single process: (device, rank, world size)."""
-    torch.set_float32_matmul_precision("high")                                # TF32 where there is such a thing
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+    torch.set_float32_matmul_precision("high")                              # TF32 where there is such a thing
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
@@ -654,46 +670,50 @@ def at_least(low, kind=int):
 
 
 def best_dtype(device):
-    fast = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16")
-    return "bf16" if fast else "fp32"
+    """bf16 where the hardware has it, else fp32."""
+    return "bf16" if device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16") else "fp32"
 
 
 def count_flops(module, *inputs):
-    """Forward FLOPs, a multiply-add being two: (all, those of linear layers and convolutions). Free on the meta device."""
+    """Forward FLOPs, a multiply-add being two: (all, those of linear layers and convolutions)."""
     with FlopCounterMode(display=False) as counter:
         module(*inputs)
-    ops = counter.get_flop_counts()["Global"]
+    ops = counter.get_flop_counts().get("Global", {})
     return sum(ops.values()), sum(n for op, n in ops.items() if not re.search("bmm|attention", str(op)))
 
 
 def describe(what, module, *inputs):
-    """Print parameters, compute per image and training memory of a module on the meta device; inputs: one image's."""
+    """Print a meta module's parameters, compute and training memory; inputs: one image's."""
     size, (full, linear) = sum(p.numel() for p in module.parameters()), count_flops(module, *inputs)
     fixed = sum(value.numel() for value in module.state_dict().values()) - size
     print(f"{what}: {(size + fixed) / 1e6:.1f} M parameters, {fixed / 1e6:.1f} M of them fixed\n"
-          f"{linear / 2e9:.1f} G multiply-adds per image without attention products (the paper's count), {full / 2e9:.1f} G with"
-          f" them = {full / 1e9:.1f} GFLOPs\n{size * 20 / 2**30:.1f} GiB in training: weights, gradients, two moments of AdamW and"
-          f" EMA, {size * 4 / 2**30:.1f} GiB each; activations come on top")
+          f"{linear / 2e9:.1f} G multiply-adds per image without attention products (the paper's count),"
+          f" {full / 2e9:.1f} G with them = {full / 1e9:.1f} GFLOPs\n"
+          f"{size * 20 / 2**30:.1f} GiB in training: weights, gradients, two moments of AdamW and EMA,"
+          f" {size * 4 / 2**30:.1f} GiB each; activations come on top")
 
 
 def resume(path, fixed):
-    """(checkpoint, step) of an earlier start of this run, or (None, 0); `fixed`: what must not have changed since."""
+    """(checkpoint, step) of this run's earlier start, or (None, 0); `fixed`: what must be as then."""
     if not path.exists():
         return None, 0
     saved = read_weights(path)
+    if "optimizer" not in saved:
+        raise UserError(f"{path} is packed for use and cannot be resumed: name another --run")
     if changed := [f"{key} was {saved['fixed'].get(key)}, is {value}" for key, value in fixed.items()
                    if saved["fixed"].get(key) != value]:
-        raise UserError(f"{path} belongs to other settings ({'; '.join(changed)}): give them again, or another --run")
+        raise UserError(f"{path} belongs to other settings ({'; '.join(changed)}):"
+                        " give them again, or another --run")
     lines = path.parent / "log.jsonl"
-    if dist.get_rank() == 0 and lines.exists():                               # later steps will be run, and logged, again
-        later = [(entry := json.loads(line))["stage"] == fixed["stage"] and entry["step"] > saved["step"]
-                 for line in lines.read_text().splitlines()]
-        lines.write_text("".join(f"{line}\n" for line, gone in zip(lines.read_text().splitlines(), later) if not gone))
+    if dist.get_rank() == 0 and lines.exists():  # later steps will be run, and logged, again
+        entries = [json.loads(line) for line in lines.read_text().splitlines() if line.endswith("}")]
+        lines.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries
+                                 if entry["stage"] != fixed["stage"] or entry["step"] <= saved["step"]))
     return saved, saved["step"]
 
 
 def stop_signal():
-    """A flag (a CPU tensor) that SIGTERM and Ctrl-C raise; all-reduced, it stops all ranks after the same step."""
+    """A flag (a CPU tensor) that SIGTERM and Ctrl-C raise; all-reduced, it stops all ranks."""
     flag = torch.zeros(())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: flag.fill_(1))
@@ -703,26 +723,28 @@ def stop_signal():
 def log(run, **values):
     """One line to RUN/log.jsonl, and to the terminal; on rank 0."""
     if dist.get_rank() == 0:
-        values = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         Path(run).mkdir(parents=True, exist_ok=True)
         with open(Path(run, "log.jsonl"), "a") as file:
             file.write(json.dumps(values) + "\n")
         if "eta" in values:
             values["eta"] = timedelta(seconds=round(values["eta"]))
-        print("  ".join(f"{key} {v:.4g}" if isinstance(v, float) else f"{key} {v}" for key, v in values.items()
-                        if v is not None), flush=True)
+        print("  ".join(f"{key} {v:.4g}" if isinstance(v, float) else f"{key} {v}"
+                        for key, v in values.items() if v is not None), flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description="Reconstruct images with an RAE.")
     parser.add_argument("images", nargs="+", help="image files")
-    parser.add_argument("--run", default=newest("rae.pt"), help="run folder, rae.pt or release:NAME (default: %(default)s)")
+    parser.add_argument("--run", default=newest("rae.pt"),
+                        help="run folder, rae.pt or release:NAME (default: %(default)s)")
     parser.add_argument("--weights", help="folder with the released files, in place of the hub")
     parser.add_argument("--out", default="reconstruction.png")
     args = parser.parse_args()
     rae = load_rae(args.run, "cuda" if torch.cuda.is_available() else "cpu", weights=args.weights)
+    side = rae.image_size * rae.upsample
     try:
-        images = [TF.to_tensor(center_crop(read_image(path), rae.image_size * rae.upsample)) for path in args.images]
+        images = [TF.to_tensor(center_crop(read_image(path), side)) for path in args.images]
     except OSError as error:
         raise UserError(f"cannot read an image: {error}") from None
     images = torch.stack(images).to(rae.mean.device)                          # (B, 3, H, W)
@@ -730,8 +752,8 @@ def main():
         copies = rae.decode(rae.encode(images)).clamp(0, 1)
     psnr = -10 * (images - copies).square().mean((1, 2, 3)).log10().mean()
     save_image(torch.cat([images, copies]), args.out, nrow=len(images))
-    print(f"wrote {args.out}: originals above reconstructions by {args.run}, mean PSNR {psnr:.2f} dB over {len(images)} images."
-          f" Next: python train_dit.py --rae {args.run}")
+    print(f"wrote {args.out}: originals above reconstructions by {args.run}, mean PSNR {psnr:.2f} dB over"
+          f" {len(images)} images. Next: python train_dit.py --rae {args.run}")
 
 
 if __name__ == "__main__":

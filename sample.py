@@ -1,11 +1,11 @@
-"""Sampling: integrate a DiT's velocity from noise (t = 1) to latents (t = 0) with Euler steps, and decode them.
+"""Sampling: integrate a DiT's velocity from noise (t = 1) to latents (t = 0) by Euler steps, and decode them.
 
-    python sample.py                                          # the newest run's model, else the bundled demo -> samples.png
-    python sample.py --classes star heart --scale 1.5         # two classes, classifier-free guidance
-    torchrun --nproc_per_node=8 sample.py --run release:imagenet256 --npz samples.npz --num 50000     # for fid.py
+    python sample.py                                     # the newest run or the bundled demo -> samples.png
+    python sample.py --classes star heart --scale 1.5    # two classes, classifier-free guidance
+    torchrun --nproc_per_node=8 -- sample.py --run release:imagenet256 --npz samples.npz --num 50000
 
 An image is a function of (seed, its index, the model), whatever the batch size or the number of ranks.
-B images, N tokens, D channels of a token, y labels, v velocity. Source: arXiv 2510.11690, section 5 and appendix.
+B images, N tokens, D channels of a token, y labels, v velocity. Source: arXiv 2510.11690, section 5.
 """
 import argparse
 import time
@@ -35,9 +35,9 @@ def euler(velocity, z, times):
 
 
 def guided(model, y, scale=1.0, weak=None, interval=(0, 1)):
-    """velocity(z, t) for the labels y (B,): plain (scale 1), classifier-free, or guided by a weaker model (AutoGuidance).
+    """velocity(z, t) for the labels y (B,): plain (scale 1), classifier-free, or guided by a weaker model.
 
-    v_other + scale (v - v_other), v_other from the null label or from `weak`; outside `interval` (both ends in it) plain v.
+    v_other + scale (v - v_other), v_other from the null label or from `weak`; outside `interval`: v.
     """
     def velocity(z, t):
         time = t.to(z.device, z.dtype).expand(len(z))                         # (B,)
@@ -46,26 +46,28 @@ def guided(model, y, scale=1.0, weak=None, interval=(0, 1)):
         if weak is not None:
             return torch.lerp(weak(z, time, y), model(z, time, y), scale)
         null = torch.full_like(y, model.num_classes)
-        v, v_null = model(z.repeat(2, 1, 1), time.repeat(2), torch.cat([y, null])).chunk(2)      # one batch of 2B
+        v, v_null = model(z.repeat(2, 1, 1), time.repeat(2), torch.cat([y, null])).chunk(2)   # a batch of 2B
         return torch.lerp(v_null, v, scale)
     return velocity
 
 
 @torch.no_grad()
 def generate(model, rae, labels, keys, alpha, steps=50, scale=1.0, weak=None, interval=(0, 1), dtype="fp32"):
-    """labels (B,), keys (B,) -> images (B,3,H,W) in [0,1]; noise is drawn on the CPU, the same for every device."""
-    device = rae.mean.device
-    noise = normals(keys, rae.num_tokens * rae.token_dim, torch.device("cpu")).view(-1, rae.num_tokens, rae.token_dim)
+    """labels (B,), keys (B,) -> images (B,3,H,W) in [0,1]; noise is drawn on the CPU for every device."""
+    device, size = rae.mean.device, (rae.num_tokens, rae.token_dim)
+    noise = normals(keys, size[0] * size[1], torch.device("cpu")).view(-1, *size).to(device)
+    velocity = guided(model, labels.to(device), scale, weak, interval)
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
-        z = euler(guided(model, labels.to(device), scale, weak, interval), noise.to(device), sample_times(steps, alpha))
+        z = euler(velocity, noise, sample_times(steps, alpha))                # (B, N, D)
         return rae.decode(z).float().clamp(0, 1)
 
 
 def balanced_label(seed, index, num_classes):
-    """Labels (B,) of image indices (B,): every block of num_classes indices is a shuffle of all classes, a function of
-    (seed, index); so the set is class-balanced and in shuffled order, and stays so if it is cut or made longer."""
-    blocks = {int(block): torch.randperm(num_classes, generator=torch.Generator().manual_seed(int(mix(seed, 1, int(block)))))
-              for block in (index // num_classes).unique()}
+    """Labels (B,) of image indices (B,): every block of num_classes indices is a shuffle of all classes,
+    drawn from (seed, block); so the set is balanced and shuffled, and stays so if cut or made longer."""
+    def shuffle(block):
+        return torch.randperm(num_classes, generator=torch.Generator().manual_seed(int(mix(seed, 1, block))))
+    blocks = {block: shuffle(block) for block in (index // num_classes).unique().tolist()}
     return torch.stack([blocks[i // num_classes][i % num_classes] for i in index.tolist()])
 
 
@@ -75,24 +77,25 @@ def pick_classes(names, classes):
         return [len(classes)]
     known = {str(i): i for i in range(len(classes))} | {str(name): i for i, name in enumerate(classes)}
     if unknown := [name for name in names if name not in known]:
-        raise UserError(f"unknown class {', '.join(unknown)}: the model knows {', '.join(map(str, classes[:10]))}"
-                        f"{', ...' if len(classes) > 10 else ''}, or an index below {len(classes)}")
+        raise UserError(f"unknown class {', '.join(unknown)}: the model knows"
+                        f" {', '.join(map(str, classes[:10]))}{', ...' if len(classes) > 10 else ''},"
+                        f" or an index below {len(classes)}")
     return [known[name] for name in names]
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--run", help="run folder, dit.pt or release:NAME (default: the newest out/*/dit.pt, else the bundled demo)")
+    add("--run", help="run folder, dit.pt or release:NAME (default: newest in out/, else the bundled demo)")
     add("--weights", help="folder with the released files, in place of the hub")
-    add("--classes", nargs="+", help="names or indices; `none`: unconditional (default: all, ten of them where there are more)")
+    add("--classes", nargs="+", help="names or indices; `none`: unconditional (default: all, of many ten)")
     add("--num", type=at_least(1), help="images in all (default: 8 per class; with --npz 50000)")
     add("--npz", help="write this .npz for fid.py: class-balanced, shuffled, uint8 arr_0 (N,H,W,3)")
     add("--out", default="samples.png", help="the grid's file: a column per class")
     add("--steps", type=at_least(1), default=50, help="Euler steps = evaluations of the model")
-    add("--scale", type=float, help="guidance scale; 1: none (default: 1, the released pairs': the paper's)")
-    add("--guide", help="AutoGuidance by this weaker model (run folder, dit.pt or release:NAME); else classifier-free")
-    add("--interval", type=float, nargs=2, default=(0, 1), metavar=("LO", "HI"), help="guide at times in [LO, HI] only")
+    add("--scale", type=float, help="guidance scale; default: 1 (none), with --guide 1.42, for releases the paper's")
+    add("--guide", help="AutoGuidance by this model: run folder, dit.pt, release:NAME (else classifier-free)")
+    add("--interval", type=float, nargs=2, default=(0, 1), metavar=("LO", "HI"), help="guide at these times")
     add("--seed", type=int, default=0)
     add("--batch", type=at_least(1), default=80, help="images at a time on each rank; changes no picture")
     add("--dtype", choices=("fp32", "bf16"), help="default: bf16 on GPUs, fp32 on CPUs")
@@ -105,20 +108,22 @@ def main():
     run = str(args.run or newest("dit.pt"))
     model = load_dit(run, device, weights=args.weights)
     rae = load_rae(model.rae, device, decode_only=True, weights=args.weights)
-    guide, scale = args.guide, args.scale or 1.0
-    if run.startswith("release:") and args.scale is None and not guide:       # the paper's AutoGuidance
+    guide, scale = args.guide, 1.42 if args.guide else 1.0
+    if run.removeprefix("release:") in RELEASED and args.scale is None and not guide:          # the paper's
         guide, scale = f"{run}/weak", RELEASED[run[8:]][3]
+    scale = scale if args.scale is None else args.scale
     weak = load_dit(guide, device, weights=args.weights) if guide else None
     dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    classes = model.classes
-    if (model.config["tokens"], model.config["token_dim"]) != (rae.num_tokens, rae.token_dim):
-        raise UserError(f"{run} makes {model.config['tokens']} x {model.config['token_dim']} latents, but {model.rae} decodes"
-                        f" {rae.num_tokens} x {rae.token_dim}")
-    if weak and weak.config["token_dim"] != rae.token_dim:
-        raise UserError(f"--guide {guide} has token dimension {weak.config['token_dim']}, the model {rae.token_dim}")
-    columns = pick_classes(args.classes or list(map(str, range(0, len(classes), max(1, len(classes) // 10)))), classes)
-    if args.classes == ["none"] and scale != 1 and not weak:
-        raise UserError("classifier-free guidance needs classes: --classes none goes with --scale 1 or with --guide")
+    classes, latents = model.classes, (rae.num_tokens, rae.token_dim)
+    if (model.config["tokens"], model.config["token_dim"]) != latents:
+        raise UserError(f"{run} makes {model.config['tokens']} x {model.config['token_dim']} latents, but"
+                        f" {model.rae} decodes {latents[0]} x {latents[1]}")
+    if weak and any(weak.config[key] != model.config[key] for key in ("tokens", "token_dim", "num_classes")):
+        raise UserError(f"--guide {guide} and {run} differ in tokens, channels or classes")
+    spread = [str(i) for i in range(0, len(classes), max(1, len(classes) // 10))]
+    columns = pick_classes(args.classes or spread, classes) if classes else [model.num_classes]
+    if columns == [model.num_classes] and scale != 1 and not weak:
+        raise UserError("classifier-free guidance needs classes: --classes none takes --scale 1 or --guide")
     num = args.num or (50_000 if args.npz else 8 * len(columns))
 
     # Every rank makes its share of the indices and writes it into one array on disk
@@ -128,30 +133,33 @@ def main():
     if rank == 0:
         out.parent.mkdir(parents=True, exist_ok=True)
         np.lib.format.open_memmap(pixels, "w+", np.uint8, (num, side, side, 3))
-        print(f"{run} with {model.rae}: {num} images, {args.steps} steps, "
-              + (f"guidance {scale:g} by {guide or 'the null class'} in {list(args.interval)}" if scale != 1 else "no guidance"))
+        way = f"guidance {scale:g} by {guide or 'the null class'} in {list(args.interval)}"
+        print(f"{run} with {model.rae}: {num} images, {args.steps} steps,",
+              way if scale != 1 else "no guidance")
     dist.barrier()
     array, begun = np.lib.format.open_memmap(pixels, "r+"), time.time()
-    labels = torch.arange(num)
-    labels = balanced_label(args.seed, labels, len(classes)) if args.npz and not args.classes else \
-        torch.tensor(columns)[labels % len(columns)]
+    indices = torch.arange(num)
+    if args.npz and classes and not args.classes:
+        labels = balanced_label(args.seed, indices, len(classes))
+    else:
+        labels = torch.tensor(columns)[indices % len(columns)]
     mine = torch.arange(rank, num, world)
     for index in tqdm(mine.split(args.batch), disable=rank > 0, unit="batch"):
-        images = generate(model, rae, labels[index], mix(args.seed, 0, index), model.alpha, args.steps, scale, weak,
-                          args.interval, dtype)
+        images = generate(model, rae, labels[index], mix(args.seed, 0, index), model.alpha, args.steps, scale,
+                          weak, args.interval, dtype)
         array[index.numpy()] = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     array.flush()
     dist.barrier()
 
     if rank == 0:
-        if args.npz:                                                          # the array goes into the archive as it is
+        if args.npz:                                                          # the array is archived as it is
             with zipfile.ZipFile(out, "w") as archive:
                 archive.write(pixels, "arr_0.npy")
                 with archive.open("labels.npy", "w") as file:
                     np.lib.format.write_array(file, labels.numpy())
         else:
             images = torch.from_numpy(np.array(array)).permute(0, 3, 1, 2).float() / 255
-            zoom = max(1, 96 // side)                                         # small pictures are shown larger
+            zoom = max(1, 96 // side)                                         # small pictures are enlarged
             images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
             save_image(make_grid(images, nrow=len(columns)), out)
         pixels.unlink()

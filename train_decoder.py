@@ -5,8 +5,8 @@
     python train_decoder.py --encoder tiny                            # shapes, on a laptop, in minutes
     torchrun --nproc_per_node=8 train_decoder.py --encoder dinov2_b   # the paper's, on data/imagenet
 
-First the exact statistics of the latents, then the decoder. Starting the same command again resumes. Writes rae.pt,
-log.jsonl and samples/*.png (originals, reconstructions, reconstructions from noisy latents) into the run's folder.
+First the exact statistics of the latents, then the decoder. Starting the same command again resumes. The
+run's folder gets rae.pt, log.jsonl, samples/*.png (originals, reconstructions, those of noisy latents).
 x images, xh reconstructions, z latents (B,N,D). Source: arXiv 2510.11690, section 3 and appendix.
 """
 import argparse
@@ -27,8 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import spectral_norm
 from torchvision.utils import make_grid, save_image
 
-from rae import (DECODERS, ENCODERS, RAE, Order, UserError, at_least, batches, best_dtype,
-                 build_encoder, count_flops, describe, in_order, load_rae, load_strict, log, mix, normals, open_data,
+from rae import (DECODERS, ENCODERS, RAE, Order, UserError, at_least, batches, best_dtype, build_encoder,
+                 count_flops, describe, in_order, load_rae, load_strict, log, mix, normals, open_data,
                  open_val, read_weights, resume, save_checkpoint, start, stop_signal)
 
 
@@ -36,8 +36,8 @@ from rae import (DECODERS, ENCODERS, RAE, Order, UserError, at_least, batches, b
 
 @torch.no_grad()
 def latent_statistics(rae, dataset, batch, device, rank=0, world=1, workers=None):
-    """Exact mean and population variance (N,D) of the encoder's tokens over every image and its mirror image, centre
-    crops; the sums are kept in float64, so the order, the batch size and the number of ranks do not matter."""
+    """Exact mean and population variance (N,D) of the encoder's tokens over every image and its mirror image,
+    centre crops; summed in float64, so that order, batch size and number of ranks do not matter."""
     sums = torch.zeros(2, rae.num_tokens, rae.token_dim, dtype=torch.float64, device=device)
     count = torch.zeros((), dtype=torch.float64, device=device)
     for images, *_ in in_order(dataset, batch, device, rank, world, workers):
@@ -63,16 +63,16 @@ def noise_augment(z, std, keys, tau, kind="halfnormal"):
 # Losses
 
 def load_lpips(vgg, device):
-    """LPIPS with VGG, frozen; vgg: None for torchvision's weights from its usual download, "random", or their path."""
-    net = lpips.LPIPS(net="vgg", pretrained=True, pnet_rand=True, verbose=False)              # its linear heads come with it
+    """LPIPS with VGG, frozen; vgg: None for torchvision's weights from their home, "random", or a path."""
+    net = lpips.LPIPS(net="vgg", pretrained=True, pnet_rand=True, verbose=False)  # has its linear heads
     if vgg != "random":
         try:
             state = read_weights(vgg) if vgg else torch.hub.load_state_dict_from_url(
                 "https://download.pytorch.org/models/vgg16-397923af.pth", progress=False, weights_only=True)
         except OSError as error:
-            raise UserError(f"cannot download vgg16-397923af.pth for LPIPS ({error}); bring the file and name it with"
-                            " --lpips-vgg PATH, or train without LPIPS: --lpips-weight 0") from None
-        for part in range(1, 6):                                              # five slices of one numbered sequence
+            raise UserError(f"cannot download vgg16-397923af.pth for LPIPS ({error}); bring the file and name"
+                            " it with --lpips-vgg PATH, or train without LPIPS: --lpips-weight 0") from None
+        for part in range(1, 6):                                        # five slices of one numbered sequence
             layers = getattr(net.net, f"slice{part}")
             load_strict(layers, {k.removeprefix("features."): v for k, v in state.items()
                                  if k.split(".")[1] in dict(layers.named_children())}, "VGG16 of LPIPS")
@@ -80,22 +80,22 @@ def load_lpips(vgg, device):
 
 
 def augment(images, keys):
-    """Differentiable augmentation of images (B,3,H,W) in [-1,1], drawn per image: translation up to 1/8 of the side with
-    zero fill, brightness + U(-.5,.5), saturation x U(0,2), contrast x U(.5,1.5). Source: appendix, DiffAugment policy."""
+    """Differentiable augmentation of images (B,3,H,W) in [-1,1], drawn per image: translation up to 1/8 of
+    the side, zeros outside, brightness + U(-.5,.5), saturation x U(0,2), contrast x U(.5,1.5)."""
     B, _, H, W = images.shape
-    u = torch.special.ndtr(normals(keys, 5, images.device))[:, :, None, None, None]           # (B, 5, 1, 1, 1) in (0,1)
+    u = torch.special.ndtr(normals(keys, 5, images.device))[:, :, None, None, None]      # (B, 5, 1, 1, 1)
     reach = H // 8
     shift = (u[:, :2] * (2 * reach + 1)).floor().long().clamp(max=2 * reach).view(B, 2, 1)    # 0 ... 2 reach
     rows, columns = (torch.arange(side, device=images.device) + shift[:, i] for i, side in enumerate((H, W)))
-    padded = F.pad(images, (reach,) * 4).permute(0, 2, 3, 1)                                  # (B, H+2r, W+2r, 3)
-    x = padded[torch.arange(B, device=images.device)[:, None, None], rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+    padded, each = F.pad(images, (reach,) * 4).permute(0, 2, 3, 1), torch.arange(B, device=images.device)
+    x = padded[each[:, None, None], rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)   # (B, 3, H, W)
     x = x + u[:, 2] - 0.5
     x = torch.lerp(x.mean(1, keepdim=True), x, 2 * u[:, 3])
     return torch.lerp(x.mean((1, 2, 3), keepdim=True), x, u[:, 4] + 0.5)
 
 
 class DiscriminatorHead(nn.Module):
-    """Features (B,N,C) -> one logit per token (B,N), through spectrally normalised convolutions over the tokens."""
+    """Features (B,N,C) -> one logit per token (B,N), by spectrally normalised convolutions over tokens."""
     def __init__(self, channels):
         super().__init__()
         def layer(kernel):
@@ -129,7 +129,8 @@ class Discriminator(nn.Module):
     def forward(self, images):
         x = F.interpolate(images, (self.side, self.side), mode="bilinear", align_corners=False)
         x = (x / 2 + 0.5 - self.pixel_mean) / self.pixel_std
-        maps = self.vit.forward_intermediates(x, self.layers, norm=False, output_fmt="NLC", intermediates_only=True)
+        maps = self.vit.forward_intermediates(x, self.layers, norm=False, output_fmt="NLC",
+                                              intermediates_only=True)        # 4 x (B, N, C)
         return torch.cat([head(m) for head, m in zip(self.heads, [maps[-1], *maps])], 1).float()
 
 
@@ -143,7 +144,7 @@ def generator_loss(fake):
 
 
 def adaptive_weight(reconstruction_gradient, gan_gradient):
-    """lambda = |grad reconstruction| / (|grad GAN| + 1e-6) in [0, 1e4], of gradients averaged over all ranks."""
+    """lambda = |grad reconstruction| / (|grad GAN| + 1e-6) in [0, 1e4], of gradients averaged over ranks."""
     for gradient in (reconstruction_gradient, gan_gradient):
         dist.all_reduce(gradient)
         gradient /= dist.get_world_size()
@@ -156,8 +157,8 @@ NOISES = (0, 0.1, 0.2, 0.4)    # of the latents, on top of exact ones
 
 @torch.no_grad()
 def evaluate(rae, decoder, dataset, perceptual, device, rank=0, world=1, batch=64, most=2048):
-    """PSNR, SSIM and LPIPS (None without its network) of held-out reconstructions, of z itself and of z + sigma noise,
-    the errors a sampler leaves ("psnr@0.2"); n images, at most `most`. The noise belongs to the image."""
+    """PSNR, SSIM and LPIPS (None without its network) of held-out reconstructions, of z itself and of z +
+    sigma noise, the errors a sampler leaves ("psnr@0.2"), over at most `most` images; noise by image."""
     from fid import psnr, ssim
     sums = torch.zeros(len(NOISES), 4, dtype=torch.float64, device=device)    # psnr, ssim, lpips, n
     for images, _, indices in in_order(dataset, batch, device, rank, world, most=most):
@@ -166,20 +167,24 @@ def evaluate(rae, decoder, dataset, perceptual, device, rank=0, world=1, batch=6
         for row, sigma in zip(sums, NOISES):
             copies = (rae.decode(z + sigma * eps, decoder).clamp(0, 1) * 255).round() / 255
             distance = perceptual(copies * 2 - 1, images * 2 - 1).sum() if perceptual else 0
-            row += torch.stack([psnr(copies, images).sum(), ssim(copies, images).sum(), distance + 0 * z.sum(), len(z) + 0 * z.sum()])
+            row += torch.stack([psnr(copies, images).sum(), ssim(copies, images).sum(),
+                                distance + 0 * z.sum(), len(z) + 0 * z.sum()])
     dist.all_reduce(sums)
     values = sums[:, :3] / sums[:, 3:]
     return {f"{name}@{sigma}" if sigma else name: None if name == "lpips" and not perceptual else value
-            for sigma, row in zip(NOISES, values.tolist()) for name, value in zip(("psnr", "ssim", "lpips"), row)}
+            for sigma, row in zip(NOISES, values.tolist())
+            for name, value in zip(("psnr", "ssim", "lpips"), row)}
 
 
 # Training
 
 RECIPES = {  # the paper's for its encoders, and one for a laptop; flags override
-    "paper": dict(image_size=256, decoder="XL", tau=0.8, lpips_weight=1.0, gan_weight=0.75, disc="dino", disc_start=6,
-                  gan_start=8, batch=512, lr=2e-4, epochs=16, warmup=1, ema=0.9978, log_every=50, save_every=2500),
-    "tiny":  dict(image_size=32, decoder="tiny", tau=0.5, lpips_weight=0.0, gan_weight=0.0, disc="tiny", disc_start=1,
-                  gan_start=2, batch=64, lr=3e-3, epochs=3, warmup=0.1, ema=0.99, log_every=50, save_every=500),
+    "paper": dict(image_size=256, decoder="XL", tau=0.8, lpips_weight=1.0, gan_weight=0.75, disc="dino",
+                  disc_start=6, gan_start=8, batch=512, lr=2e-4, epochs=16, warmup=1, ema=0.9978,
+                  save_every=2500),
+    "tiny":  dict(image_size=32, decoder="tiny", tau=0.5, lpips_weight=0.0, gan_weight=0.0, disc="tiny",
+                  disc_start=1, gan_start=2, batch=64, lr=3e-3, epochs=3, warmup=0.1, ema=0.99,
+                  save_every=500),
 }
 
 
@@ -187,41 +192,41 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
     add = parser.add_argument
     add("--encoder", default="dinov2_b", help=f"one of {', '.join(ENCODERS)}")
-    add("--encoder-weights", default=None, help="its weights from a file, or `random` (useless but for tests)")
+    add("--encoder-weights", default=None, help="its weights from a file, or `random` (mechanics only)")
     add("--run", default=None, help="run folder (default: out/ENCODER)")
-    add("--data", default=None, help="image folder, or `shapes` (default: shapes for tiny, else data/imagenet)")
-    add("--val", default=None, help="held-out images, never trained on (default: DATA/val, or held-out shapes)")
+    add("--data", default=None, help="image folder or `shapes` (default: shapes for tiny, or data/imagenet)")
+    add("--val", default=None, help="held-out images, not trained on (default: DATA/val or held-out shapes)")
     add("--init", default=None, help="start from this decoder: rae.pt, a released file or release:NAME")
     # autoencoder
     add("--image-size", type=at_least(1), help="side of the images the encoder sees")
-    add("--upsample", type=at_least(1), default=1, help="decode at so many times that side, from the same tokens")
+    add("--upsample", type=at_least(1), default=1, help="decode at so many times that side, same tokens")
     add("--decoder", help=f"one of {', '.join(DECODERS)}")
     # losses
     add("--tau", type=at_least(0, float), help="strength of the noise on the latents")
-    add("--noise", choices=("halfnormal", "uniform"), default="halfnormal", help="sigma ~ |N(0,tau^2)| or tau U(0,1)")
+    add("--noise", choices=("halfnormal", "uniform"), default="halfnormal", help="|N(0,tau^2)| or tau U(0,1)")
     add("--lpips-weight", type=at_least(0, float), help="0 needs no download")
     add("--lpips-vgg", default=None, help="VGG16 weights of LPIPS from a file, or `random` (mechanics only)")
     add("--gan-weight", type=at_least(0, float), help="0: no discriminator")
     add("--disc", choices=("dino", "tiny"), help="features of the discriminator")
     add("--disc-weights", default=None, help="their weights from a file, or `random`")
-    add("--disc-input", choices=("clean", "noisy"), default="clean", help="reconstructions the discriminator learns from")
+    add("--disc-input", choices=("clean", "noisy"), default="clean", help="latents it sees decoded")
     add("--disc-start", type=at_least(0, float), help="epoch from which the discriminator is trained")
     add("--gan-start", type=at_least(0, float), help="epoch from which the decoder sees it")
     # optimisation
-    add("--epochs", type=at_least(0, float), help="length of the schedule; 1 epoch of shapes is 50,000 images")
-    add("--steps", type=at_least(1), default=None, help="stop after so many optimiser steps; the schedule stays")
-    add("--batch", type=at_least(1), help="images per optimiser step, over all ranks and accumulation steps")
+    add("--epochs", type=at_least(0, float), help="length of the schedule; 1 epoch of shapes: 50,000 images")
+    add("--steps", type=at_least(1), default=None, help="stop after so many optimiser steps, schedule kept")
+    add("--batch", type=at_least(1), help="images per optimiser step, over all ranks and accumulation")
     add("--accum", type=at_least(1), default=1, help="micro-batches per optimiser step")
     add("--lr", type=float, help="AdamW's learning rate, falling to a tenth along a cosine")
     add("--warmup", type=at_least(0, float), help="epochs of linear warm-up")
     add("--ema", type=float, help="decay of the weight average")
     add("--seed", type=int, default=0, help="of weights, data order, crops and noise")
     # machine
-    add("--workers", type=at_least(0), default=None, help="loader processes per rank (default: by cores; shapes: 0)")
-    add("--dtype", choices=("fp32", "bf16"), default=None, help="autocast (default: bf16 where the hardware has it)")
+    add("--workers", type=at_least(0), default=None, help="loader processes per rank (default: by cores)")
+    add("--dtype", choices=("fp32", "bf16"), default=None, help="autocast (default: bf16 where it is fast)")
     add("--compile", action="store_true", default=False, help="torch.compile")
     add("--save-every", type=at_least(1), help="steps between checkpoints, evaluations and pictures")
-    add("--log-every", type=at_least(1), help="steps between lines of the log")
+    add("--log-every", type=at_least(1), default=50, help="steps between lines of the log")
     add("--describe", action="store_true", default=False, help="print parameters, FLOPs and memory, and stop")
     args = parser.parse_args()
     return argparse.Namespace(**{**RECIPES["tiny" if args.encoder == "tiny" else "paper"], **vars(args)})
@@ -234,24 +239,27 @@ def main():
     if args.describe:
         with torch.device("meta"):
             rae = RAE(args.encoder, args.decoder, args.image_size, args.upsample, False)
-            return describe(f"decoder {args.decoder}", rae.decoder, torch.empty(1, rae.num_tokens, rae.token_dim))
+            z = torch.empty(1, rae.num_tokens, rae.token_dim)
+            return describe(f"decoder {args.decoder}", rae.decoder, z)
 
-    # What can be wrong or has to be downloaded comes first: sizes, data, an earlier start of this run, loss networks
+    # What can be wrong or must be downloaded comes first: sizes, data, an earlier start, loss networks
     torch.manual_seed(args.seed)
     rae = RAE(args.encoder, args.decoder, args.image_size, args.upsample, encoder_weights=False)
-    data, size = args.data or ("shapes" if args.encoder == "tiny" else "data/imagenet"), args.image_size * args.upsample
+    data = args.data or ("shapes" if args.encoder == "tiny" else "data/imagenet")
+    size = args.image_size * args.upsample
     dataset, held_out = open_data(data, size, crop=True), open_val(args.val, data, size)
     if args.batch % (world * args.accum):
-        raise UserError(f"--batch {args.batch} does not divide over {world} ranks x {args.accum} accumulation steps")
-    run, epoch = Path(args.run or f"out/{args.encoder}"), len(dataset) / args.batch           # an epoch in optimiser steps
+        raise UserError(f"--batch {args.batch} does not divide over {world} ranks x {args.accum} --accum")
+    run, epoch = Path(args.run or f"out/{args.encoder}"), len(dataset) / args.batch      # optimiser steps
     schedule = math.ceil(args.epochs * epoch)
     total = min(schedule, args.steps or schedule)
-    fixed = dict(rae.config, stage=1, seed=args.seed, batch=args.batch, data=data, images=len(dataset), tau=args.tau,
-                 noise=args.noise)
+    fixed = dict(rae.config, stage=1, seed=args.seed, batch=args.batch, data=data, images=len(dataset),
+                 tau=args.tau, noise=args.noise)
     saved, step = resume(run / "rae.pt", fixed)
     if saved and step >= total:
-        return say(f"{run}/rae.pt stands at step {step} of {total}: finished; more --epochs or --steps extend it")
-    rae.load_encoder(saved["encoder"] if saved and saved["encoder"] else args.encoder_weights)
+        return say(f"{run}/rae.pt is at step {step} of {total}: finished; more --epochs or --steps extend it")
+    kept = bool(saved and saved["encoder"])
+    rae.load_encoder(saved["encoder"] if kept else args.encoder_weights)
     rae.to(device)
     if args.encoder_weights == "random":
         say("WARNING: random encoder weights: good for tests and timings, useless for anything else")
@@ -278,11 +286,13 @@ def main():
     ddp, ddp_disc = wrap(torch.compile(decoder) if args.compile else decoder), wrap(disc) if gan else None
 
     def save():
-        keep = args.encoder == "tiny" or args.encoder_weights                 # the hub gives back the others
+        keep = args.encoder == "tiny" or args.encoder_weights or kept         # the hub gives back the others
         if rank == 0:
-            save_checkpoint(run / "rae.pt", config=rae.config, fixed=fixed, step=step, model=decoder.state_dict(),
-                            ema=ema.module.state_dict(), optimizer=optimizer.state_dict(), mean=rae.mean, var=rae.var,
-                            encoder=rae.encoder.state_dict() if keep else None, disc=disc.heads.state_dict() if gan else None,
+            save_checkpoint(run / "rae.pt", config=rae.config, fixed=fixed, step=step, mean=rae.mean,
+                            var=rae.var, model=decoder.state_dict(), ema=ema.module.state_dict(),
+                            optimizer=optimizer.state_dict(),
+                            encoder=rae.encoder.state_dict() if keep else None,
+                            disc=disc.heads.state_dict() if gan else None,
                             disc_optimizer=disc_optimizer.state_dict() if gan else None)
 
     # Latent statistics, once
@@ -290,37 +300,42 @@ def main():
     still.train = False                                                       # centre crops
     if not saved:
         begun = time.time()
-        say(f"{run}: latent statistics of {args.encoder} over {len(dataset)} images of {data} and their mirror images")
-        mean, var = latent_statistics(rae, still, args.batch // (world * args.accum), device, rank, world, args.workers)
+        say(f"{run}: latent statistics of {args.encoder} over {len(dataset)} images of {data}, mirrored too")
+        micro = args.batch // (world * args.accum)
+        mean, var = latent_statistics(rae, still, micro, device, rank, world, args.workers)
         rae.mean.copy_(mean), rae.var.copy_(var)
         broken = dataset.broken.int() if hasattr(dataset, "broken") else torch.zeros(1, dtype=torch.int)
         dist.all_reduce(broken)
         say(f"statistics took {time.time() - begun:.0f} s" + (
-            f"; {int(broken.sum())} of {len(dataset)} images cannot be decoded and are left out" if broken.any() else ""))
+            f"; {int(broken.sum())} of {len(dataset)} images cannot be decoded" if broken.any() else ""))
         save()
     del saved
-    pictures = torch.stack([(held_out or still)[i, i][0] for i in range(min(10, len(dataset)))]).to(device).float() / 255
+    pictures = [(held_out or still)[i, i][0] for i in range(min(10, len(dataset)))]
+    pictures = torch.stack(pictures).to(device).float() / 255                 # (10, 3, H, W)
 
     dtype = args.dtype or best_dtype(device)
-    loader = batches(dataset, Order(len(dataset), args.batch, args.accum, args.seed, step, rank, world), args.workers, device)
+    order = Order(len(dataset), args.batch, args.accum, args.seed, step, rank, world)
+    loader = batches(dataset, order, args.workers, device)
     with torch.device("meta"):
-        image_flops = rae.encoder_flops() + 3 * count_flops(
-            RAE(**rae.config, encoder_weights=False).decoder, torch.empty(1, rae.num_tokens, rae.token_dim))[0]
-    say(f"{run}: decoder of {sum(p.numel() for p in decoder.parameters()) / 1e6:.1f} M parameters on {rae.num_tokens} x"
-        f" {rae.token_dim} latents of {args.encoder}; {data}: {len(dataset)} images of {size} px; {dtype}, {world} x"
-        f" {device.type}, steps {step} to {total}")
+        copy_of_decoder = RAE(**rae.config, encoder_weights=False).decoder
+        flops, _ = count_flops(copy_of_decoder, torch.empty(1, rae.num_tokens, rae.token_dim))
+        image_flops = rae.encoder_flops() + 3 * flops                         # one forward, two backward
+    say(f"{run}: decoder of {sum(p.numel() for p in decoder.parameters()) / 1e6:.1f} M parameters on"
+        f" {rae.num_tokens} x {rae.token_dim} latents of {args.encoder}; {data}: {len(dataset)} images of"
+        f" {size} px; {dtype}, {world} x {device.type}, steps {step} to {total}")
 
-    def learning_rate(at, length):                                            # warm-up, then cosine to a tenth
-        progress = min(max((at - args.warmup * epoch) / max(length - args.warmup * epoch, 1), 0), 1)
-        return args.lr * min(1, (at + 1) / max(args.warmup * epoch, 1)) * (0.55 + 0.45 * math.cos(math.pi * progress))
+    def learning_rate(at, length):                                           # warm-up, then cosine to a tenth
+        warmup = args.warmup * epoch
+        progress = min(max((at - warmup) / max(length - warmup, 1), 0), 1)
+        return args.lr * min(1, (at + 1) / max(warmup, 1)) * (0.55 + 0.45 * math.cos(math.pi * progress))
 
-    stop, since, clock = stop_signal(), step, time.time()
-    sums = torch.zeros(7, device=device)                                      # the logged means, on the device
+    asked, stop, since, clock = stop_signal(), False, step, time.time()
+    sums = torch.zeros(7, device=device)                                     # the logged means, on the device
     while step < total and not stop:
         disc_on, gan_on = (gan and step >= start * epoch for start in (args.disc_start, args.gan_start))
         micros = [next(loader) for _ in range(args.accum)]
 
-        # ---- generator -------------------------------------------------------------------------------------------------
+        # ---- generator -------------------------------------------------------------------------------------
         for i, (images, _, keys) in enumerate(micros):
             with ddp.no_sync() if i < args.accum - 1 else nullcontext():
                 z = rae.encode(images)                                        # (B, N, D)
@@ -328,14 +343,16 @@ def main():
                 with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
                     copies = rae.decode(noisy, ddp)                           # (B, 3, H, W)
                     l1 = F.l1_loss(copies, images)
-                    distance = perceptual(copies * 2 - 1, images * 2 - 1).mean() if perceptual else torch.zeros_like(l1)
+                    real, fake = images * 2 - 1, copies * 2 - 1        # in [-1, 1], as the networks want them
+                    distance = perceptual(fake, real).mean() if perceptual else torch.zeros_like(l1)
                     loss = (l1 + args.lpips_weight * distance) / args.accum
                     if gan_on:
-                        adversarial = generator_loss(disc.eval()(augment(copies * 2 - 1, mix(keys, 1)))) / args.accum
-                if gan_on:                                                    # each loss network is walked back once
+                        adversarial = generator_loss(disc.eval()(augment(fake, mix(keys, 1)))) / args.accum
+                if gan_on:                                             # each loss network is walked back once
                     pull, = torch.autograd.grad(loss, copies)
                     push, = torch.autograd.grad(adversarial, copies)
-                    weight = adaptive_weight(*(torch.autograd.grad(copies, last, g, retain_graph=True)[0] for g in (pull, push)))
+                    weight = adaptive_weight(*(torch.autograd.grad(copies, last, g, retain_graph=True)[0]
+                                               for g in (pull, push)))
                     copies.backward(pull + args.gan_weight * weight * push)
                     loss = loss.detach() + args.gan_weight * weight * adversarial.detach()
                     sums[3:5] += torch.stack([adversarial.detach(), weight / args.accum])
@@ -344,13 +361,13 @@ def main():
             sums[:3] += torch.stack([loss.detach(), l1.detach() / args.accum, distance.detach() / args.accum])
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, schedule)
         norm = nn.utils.clip_grad_norm_(decoder.parameters(), math.inf)
-        optimizer.found_inf = (~norm.isfinite()).float()                      # a fused optimiser skips such a step
+        optimizer.found_inf = (~norm.isfinite()).float()                 # a fused optimiser skips such a step
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.update(decoder)
         sums[6] += optimizer.found_inf
 
-        # ---- discriminator ---------------------------------------------------------------------------------------------
+        # ---- discriminator ---------------------------------------------------------------------------------
         if disc_on:
             disc.train()
             for i, (images, _, keys) in enumerate(micros):
@@ -359,30 +376,36 @@ def main():
                         z = rae.encode(images)
                         if args.disc_input == "noisy":
                             z = noise_augment(z, rae.std, mix(keys, 4), args.tau, args.noise)
-                        fakes = (rae.decode(z).clamp(0, 1) * 255).round() / 255              # as the 8-bit file would be
-                        both = torch.cat([augment(images * 2 - 1, mix(keys, 2)), augment(fakes * 2 - 1, mix(keys, 3))])
+                        fakes = (rae.decode(z).clamp(0, 1) * 255).round() / 255   # as the 8-bit file would be
+                        both = [augment(x * 2 - 1, mix(keys, i)) for i, x in ((2, images), (3, fakes))]
                     with ddp_disc.no_sync() if i < args.accum - 1 else nullcontext():
-                        disc_loss = hinge_loss(*ddp_disc(both).chunk(2)) / args.accum
+                        disc_loss = hinge_loss(*ddp_disc(torch.cat(both)).chunk(2)) / args.accum
                         disc_loss.backward()
                 sums[5] += disc_loss.detach()
-            disc_optimizer.param_groups[0]["lr"] = learning_rate(step - args.disc_start * epoch, schedule - args.disc_start * epoch)
+            begin = args.disc_start * epoch
+            disc_optimizer.param_groups[0]["lr"] = learning_rate(step - begin, schedule - begin)
+            norm = nn.utils.clip_grad_norm_(disc.heads.parameters(), math.inf)
+            disc_optimizer.found_inf = (~norm.isfinite()).float()
             disc_optimizer.step()
             disc_optimizer.zero_grad(set_to_none=True)
         step += 1
-        dist.all_reduce(stop, dist.ReduceOp.MAX)                              # on the host: the device is not waited for
+        stop = asked.clone()                                        # reduced on the host, not on the device
+        dist.all_reduce(stop, dist.ReduceOp.MAX)
 
         if step % args.log_every == 0 or step == total:
             steps, seconds = step - since, time.time() - clock
             dist.all_reduce(sums)
-            loss, l1, distance, adversarial, weight, disc_loss, skipped = (sums / steps / world).tolist()                  # the one device sync
+            means = (sums / steps / world).tolist()                           # the one device sync
+            loss, l1, distance, adversarial, weight, disc_loss, skipped = means
             parts = dict(l1=l1) | (dict(lpips=distance) if perceptual else {}) | (
                 dict(gan=adversarial, gan_lambda=weight, disc=disc_loss) if disc_on else {})
             rate = steps * args.batch / seconds
             log(run, stage=1, step=step, total=total, loss=loss, **parts, lr=lr, images_per_s=rate,
-                tflops=rate * image_flops / 1e12, skipped=round(skipped * steps), eta=(total - step) * seconds / steps)
+                tflops=rate * image_flops / 1e12, skipped=round(skipped * steps),
+                eta=(total - step) * seconds / steps)
             if skipped == 1:
-                raise UserError(f"the last {steps} steps had non-finite gradients (loss parts {parts}); {run}/rae.pt holds the"
-                                " last good state: resume with a lower --lr, or with --dtype fp32")
+                raise UserError(f"the last {steps} steps had non-finite gradients (loss parts {parts}):"
+                                f" resume {run}/rae.pt, the last good one, with a lower --lr or in fp32")
             sums.zero_()
             since, clock = step, time.time()
         if step % args.save_every == 0 or step == total or stop:
@@ -395,12 +418,13 @@ def main():
                 with torch.no_grad():
                     z = rae.encode(pictures)
                     noisy = z + 0.4 * normals(torch.arange(len(z)), z[0].numel(), device).view_as(z)
-                    rows = torch.cat([pictures, rae.decode(z, ema.module), rae.decode(noisy, ema.module)]).clamp(0, 1)
+                    copies = [rae.decode(x, ema.module) for x in (z, noisy)]
+                    rows = torch.cat([pictures, *copies]).clamp(0, 1)
                 (run / "samples").mkdir(exist_ok=True)
                 save_image(make_grid(rows, nrow=len(pictures)), run / f"samples/decoder_{step:07d}.png")
             clock += time.time() - before
-    say(f"wrote {run}/rae.pt; {run}/samples shows originals, reconstructions and, below, those of latents with noise 0.4."
-        f" Next: python train_dit.py --run {run}")
+    say(f"wrote {run}/rae.pt; {run}/samples shows originals, reconstructions and, below, those of latents"
+        f" with noise 0.4. Next: python train_dit.py --run {run}")
     dist.destroy_process_group()
 
 
