@@ -317,7 +317,7 @@ ENCODERS = {  #            timm model                            image input pat
 }
 
 
-def build_encoder(name, image_size, weights=None, flag="--encoder-weights"):
+def build_encoder(name, image_size, weights=None, flag="--encoder-weights PATH", folder=None):
     """The frozen encoder: normalised pixels (B,3,h,w) -> timm's ViT, its tokens layer-normed without affine.
 
     weights: None for the pretrained ones (timm's from the hub; `tiny`: bundled), "random", a state dict of
@@ -335,7 +335,8 @@ def build_encoder(name, image_size, weights=None, flag="--encoder-weights"):
     model.patch_embed.set_input_size(img_size=side * spec.patch)
     if weights is None:
         weights = ROOT / "assets/tiny.pt" if name == "tiny" else fetch(
-            f"timm/{spec.timm}", "model.safetensors", f"{flag} PATH (encoder {name})")
+            f"timm/{spec.timm}", "model.safetensors", f"{flag} (encoder {name})",
+            folder and Path(folder, "timm", spec.timm))
     if str(weights) != "random":
         state = dict(unwrap(weights if isinstance(weights, dict) else read_weights(weights)))
         if "register_tokens" in state:                  # DINOv2's own file: timm adds [CLS]'s position to it
@@ -450,8 +451,8 @@ class RAE(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(self.spec.pixels[0]).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(self.spec.pixels[1]).view(3, 1, 1), persistent=False)
 
-    def load_encoder(self, weights=None):
-        self.encoder = build_encoder(self.name, self.image_size, weights)
+    def load_encoder(self, *args):
+        self.encoder = build_encoder(self.name, self.image_size, *args)
 
     @property
     def std(self):
@@ -603,7 +604,7 @@ def load_rae(path_or_name, device="cpu", encoder=None, decode_only=False, weight
     load_strict(rae.decoder, {key: value.float() for key, value in state.items()}, str(path))
     rae.mean.copy_(0 if mean is None else mean), rae.var.copy_(var)
     if not decode_only:
-        rae.load_encoder(encoder_weights)
+        rae.load_encoder(encoder_weights, "--weights DIR", weights)
     return rae.eval().requires_grad_(False).to(device)
 
 

@@ -123,7 +123,9 @@ def test_the_release_folder_is_read_offline(tmp_path):
     for which, width in (("model", 48), ("weak", 32)):
         torch.save({"ema": released_dit(DiT(4, 768, width, 2, 4, 64, 2, 16, 10))}, tmp_path / files[which])
     model, weak = (load_dit(f"release:imagenet256{part}", weights=tmp_path) for part in ("", "/weak"))
-    rae = load_rae(model.rae, decode_only=True, weights=tmp_path)
+    rae = load_rae(model.rae, decode_only=True, weights=tmp_path)             # sampling needs no encoder
+    with pytest.raises(ValueError, match="model.safetensors of timm/vit_base_patch14_reg4_dinov2.lvd142m is expected"):
+        load_rae(model.rae, weights=tmp_path)
     images = generate(model, rae, torch.tensor([3, 4]), torch.tensor([1, 2]), model.alpha, 3, 1.42, weak)
     assert images.shape == (2, 3, 32, 32) and model.config["width"] == 48 and weak.config["width"] == 32
 

@@ -87,7 +87,7 @@ def bad(trained, tmp_path, photos):
         "no network": (("train_decoder.py", "--encoder", "mae_b", "--data", photos, "--lpips-weight", 0, "--gan-weight", 0),
                        "model.safetensors of timm/vit_base_patch16_224.mae .*--encoder-weights"),
         "no checkpoint": ((*dit, "--rae", tmp_path / "notes.pt"), "notes.pt is no checkpoint"),
-        "a run without one": (("train_dit.py", "--run", tmp_path / "nothing"), "rae.pt: no such file"),
+        "a run without one": (("train_dit.py", "--run", tmp_path / "nothing"), "nothing holds no rae.pt.*--rae"),
         "sampling without one": (("sample.py", "--run", tmp_path / "nothing"), "dit.pt: no such file"),
         "other settings": ((*dit, *DIT, "--data", photos, "--head", 0), "head was 96, is 0"),
         "heads that do not divide": ((*dit, "--width", 100, "--depth", 1, "--heads", 3, "--data", photos), "100 .*3 heads"),
