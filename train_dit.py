@@ -300,7 +300,7 @@ def evaluate(model, rae, dataset, alpha, device, rank=0, world=1, unconditional=
 
 RECIPES = {  # the paper's for its encoders, and one for a laptop; flags override
     "paper": dict(width=1152, head=2048, head_heads=16, batch=1024, lr=2e-4, epochs=80, warmup=0,
-                  decay_start=40, decay_end=800, shift_base=4096, log_every=50, save_every=5000),
+                  decay_start=40, decay_end=800, ema=None, shift_base=4096, log_every=50, save_every=5000),
     "tiny":  dict(width=192, head=256, head_heads=8, batch=128, lr=3e-3, epochs=4, warmup=0.25,
                   decay_start=0.25, decay_end=4, ema=0.995, shift_base=170, log_every=50, save_every=500),
 }
@@ -338,7 +338,7 @@ def parse_args(argv=None):
     add("--decay-start", type=float, help="epoch where the learning rate begins to fall, linearly, ...")
     add("--decay-end", type=float, help="... and where it has reached a tenth")
     add("--clip", type=float, default=None, help="gradient norm (default: 1 with a head, else none)")
-    add("--ema", type=float, default=None, help="decay of the average (default: 0.9995 with head, or 0.9999)")
+    add("--ema", type=float, help="decay of the average (default: 0.9995 with head, or 0.9999)")
     add("--seed", type=int, default=0, help="of weights, data order, noise, times and label dropout")
     # machine
     add("--workers", type=int, default=None, help="loader processes per rank (default: cores; shapes: 0)")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rae import attention
-from train_dit import DiT, RMSNorm, flow_matching_loss, rope_angles, rotate, shift_alpha, time_shift
+from train_dit import RECIPES, DiT, RMSNorm, flow_matching_loss, parse_args, rope_angles, rotate, shift_alpha, time_shift
 
 SMALL = dict(tokens=9, token_dim=24, width=32, depth=2, heads=2, head=48, head_depth=2, head_heads=4, num_classes=5)
 
@@ -130,3 +130,8 @@ def test_compile_changes_nothing():
     x, t, y = torch.randn(2, 9, 24), torch.tensor([0.3, 0.8]), torch.tensor([1, 5])
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)      # one graph; inductor takes a minute
     torch.testing.assert_close(compiled(x, t, y), model(x, t, y), rtol=1e-4, atol=1e-4)
+
+
+def test_a_recipe_is_overridden_by_given_flags_only():
+    assert RECIPES["tiny"].keys() == RECIPES["paper"].keys()
+    assert not RECIPES["tiny"].keys() & vars(parse_args([])).keys() and parse_args(["--ema", "0.5"]).ema == 0.5
