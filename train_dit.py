@@ -359,7 +359,7 @@ def main():
     # The autoencoder, the settings that follow from it, the data
     path = args.rae or (Path(args.run, "rae.pt") if args.run else newest("rae.pt"))
     if not args.rae and args.run and not Path(path).exists() and not args.encoder:
-        raise UserError(f"{args.run} holds no rae.pt: train_decoder.py --run {args.run} makes it, or --rae names one")
+        raise UserError(f"{args.run} holds no rae.pt: train_decoder.py --run {args.run} makes it; --rae names one")
     if args.describe and args.encoder:
         rae = RAE(args.encoder, "tiny", ENCODERS[args.encoder].image, encoder_weights=False)
     else:
