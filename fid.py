@@ -41,6 +41,7 @@ from rae import (ENCODERS, RAE, Folder, UserError, at_least, load_rae, load_stri
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
+VGG = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
 # ---------------------------------------------------------------------------------------------------------
 # The Inception network of FID
@@ -223,17 +224,28 @@ def ssim(a, b):
     return (luminance * (2 * cov + c2) / (var_a + var_b + c2)).view(len(a), -1).mean(1)
 
 
-def load_lpips(device="cpu"):
-    """(LPIPS with VGG, None), or (None, why not) where VGG's weights cannot be fetched."""
+def load_lpips(device="cpu", vgg=None):
+    """LPIPS with VGG, frozen: images (B,3,H,W), both in [-1,1] -> (B,1,1,1).
+
+    vgg: None for torchvision's weights from their home, the path of that file, or "random".
+    """
     import lpips
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                              # it calls torchvision the old way
+        net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)  # its own linear layers come with it
+    if vgg != "random":
         try:
-            network = lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False).to(device)
+            state = read_weights(vgg) if vgg else torch.hub.load_state_dict_from_url(
+                VGG, map_location="cpu", progress=False, weights_only=True)
         except OSError as error:
-            folder = f"{torch.hub.get_dir()}/checkpoints"
-            return None, f"no LPIPS: cannot download vgg16-397923af.pth; bring it to {folder} ({error})"
-    return lambda a, b: network(2 * a - 1, 2 * b - 1).flatten(), None          # from [0,1] to its [-1,1]
+            raise UserError(f"cannot download {Path(VGG).name} for LPIPS ({error}): bring that file and name it"
+                            " with --lpips-vgg PATH, or train without LPIPS: --lpips-weight 0") from None
+        for part in range(1, 6):                                     # five slices of one numbered sequence
+            layers = getattr(net.net, f"slice{part}")
+            names = [f"features.{name}." for name, _ in layers.named_children()]
+            load_strict(layers, {key.removeprefix("features."): value for key, value in state.items()
+                                 if key.startswith(tuple(names))}, "VGG16 of LPIPS")
+    return net.to(device).eval().requires_grad_(False)
 
 # ---------------------------------------------------------------------------------------------------------
 # Images, statistics, and a row of numbers per image
@@ -350,6 +362,7 @@ def parse_args():
     add("--features", default="inception", choices=["inception", *ENCODERS], help="what compares images")
     add("--inception-weights", metavar="PATH", help=f"{WEIGHTS}, or `random` (default: downloaded)")
     add("--encoder-weights", metavar="PATH", help="those of --features, or `random` (default: pretrained)")
+    add("--lpips-vgg", metavar="PATH", help="VGG16's weights for LPIPS, or `random` (default: downloaded)")
     add("--rae", metavar="RUN", help="judge reconstructions of --data by a run folder, rae.pt or release:X\n"
         "against the originals, or against statistics in GENERATED's place")
     add("--data", metavar="VAL", help="class folders of held-out images, or `shapes`; --probe: train/, val/")
@@ -402,7 +415,12 @@ def judge(args, device):
         reference = None                                             # its images would serve recall alone
     if data or reference:
         network = Inception(args.inception_weights).to(device) if inception else bare_encoder(args, device)
-    lpips, no_lpips = load_lpips(device) if rae else (None, None)
+    lpips = no_lpips = None
+    if rae:
+        try:
+            lpips = load_lpips(device, args.lpips_vgg)
+        except UserError as error:
+            no_lpips = f"no LPIPS: {error}"
 
     def features(images):                                            # uint8 (b,3,H,W) -> (b,D), or (b,D+1008)
         return torch.cat(network(images), 1) if inception else network.tokens(images.float() / 255).mean(1)
@@ -410,7 +428,7 @@ def judge(args, device):
     def reconstruction(images):                                      # -> copies (b,D), metrics (b,3), ...
         copies = rae.decode(rae.encode(images.float() / 255)).clamp(0, 1).mul(255).round().byte()
         a, b = images.float() / 255, copies.float() / 255
-        metrics = [psnr(a, b), ssim(a, b), lpips(a, b) if lpips else 0 * psnr(a, b)]
+        metrics = [psnr(a, b), ssim(a, b), lpips(2 * a - 1, 2 * b - 1).flatten() if lpips else 0 * psnr(a, b)]
         originals = [] if against else [features(images)[:, :dim]]   # ... and originals (b,D)
         return torch.cat([features(copies)[:, :dim], torch.stack(metrics, 1), *originals], 1)
 
@@ -453,7 +471,8 @@ def judge(args, device):
         "classes are not equally frequent: published figures are class-balanced": len({*counts.tolist()}) > 1,
         "the images are sorted by class, and the Inception Score's consecutive splits need them shuffled":
             len(counts) > 1 and (np.diff(labels) >= 0).all(),
-        "random weights: mechanics only": "random" in (args.inception_weights, args.encoder_weights),
+        "random weights: mechanics only":
+            "random" in (args.inception_weights, args.encoder_weights, rae and args.lpips_vgg),
         str(no_lpips): no_lpips,
     }
     name = against or (path if rae else None)

@@ -677,7 +677,7 @@ def best_dtype(device):
 
 def count_flops(module, *inputs):
     """Forward FLOPs, a multiply-add being two: (all, those of linear layers and convolutions)."""
-    with FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(*inputs)
     ops = counter.get_flop_counts().get("Global", {})
     return sum(ops.values()), sum(n for op, n in ops.items() if not re.search("bmm|attention", str(op)))

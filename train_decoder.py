@@ -17,7 +17,6 @@ from copy import copy
 from functools import partial
 from pathlib import Path
 
-import lpips
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -29,7 +28,7 @@ from torchvision.utils import make_grid, save_image
 
 from rae import (DECODERS, ENCODERS, RAE, Order, UserError, at_least, batches, best_dtype, build_encoder,
                  count_flops, describe, in_order, load_rae, load_strict, log, mix, normals, open_data,
-                 open_val, read_weights, resume, save_checkpoint, start, stop_signal)
+                 open_val, resume, save_checkpoint, start, stop_signal)
 
 
 # Latent statistics and noise
@@ -61,23 +60,6 @@ def noise_augment(z, std, keys, tau, kind="halfnormal"):
 
 
 # Losses
-
-def load_lpips(vgg, device):
-    """LPIPS with VGG, frozen; vgg: None for torchvision's weights from their home, "random", or a path."""
-    net = lpips.LPIPS(net="vgg", pretrained=True, pnet_rand=True, verbose=False)  # has its linear heads
-    if vgg != "random":
-        try:
-            state = read_weights(vgg) if vgg else torch.hub.load_state_dict_from_url(
-                "https://download.pytorch.org/models/vgg16-397923af.pth", progress=False, weights_only=True)
-        except OSError as error:
-            raise UserError(f"cannot download vgg16-397923af.pth for LPIPS ({error}); bring the file and name"
-                            " it with --lpips-vgg PATH, or train without LPIPS: --lpips-weight 0") from None
-        for part in range(1, 6):                                        # five slices of one numbered sequence
-            layers = getattr(net.net, f"slice{part}")
-            load_strict(layers, {k.removeprefix("features."): v for k, v in state.items()
-                                 if k.split(".")[1] in dict(layers.named_children())}, "VGG16 of LPIPS")
-    return net.to(device).eval().requires_grad_(False)
-
 
 def augment(images, keys):
     """Differentiable augmentation of images (B,3,H,W) in [-1,1], drawn per image: translation up to 1/8 of
@@ -264,7 +246,9 @@ def main():
     if args.encoder_weights == "random":
         say("WARNING: random encoder weights: good for tests and timings, useless for anything else")
     gan = args.gan_weight > 0 and args.disc_start * epoch < total
-    perceptual = load_lpips(args.lpips_vgg, device) if args.lpips_weight else None
+    if args.lpips_weight:
+        from fid import load_lpips
+    perceptual = load_lpips(device, args.lpips_vgg) if args.lpips_weight else None
     disc = Discriminator(args.disc, args.disc_weights).to(device) if gan else None
 
     # Decoder, weight average, optimisers
@@ -343,19 +327,19 @@ def main():
                 with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
                     copies = rae.decode(noisy, ddp)                           # (B, 3, H, W)
                     l1 = F.l1_loss(copies, images)
-                    real, fake = images * 2 - 1, copies * 2 - 1        # in [-1, 1], as the networks want them
-                    distance = perceptual(fake, real).mean() if perceptual else torch.zeros_like(l1)
+                    distance = perceptual(copies * 2 - 1, images * 2 - 1).mean() if perceptual else 0 * l1
                     loss = (l1 + args.lpips_weight * distance) / args.accum
                     if gan_on:
-                        adversarial = generator_loss(disc.eval()(augment(fake, mix(keys, 1)))) / args.accum
+                        adversarial = generator_loss(disc.eval()(augment(copies * 2 - 1, mix(keys, 1)))) / args.accum
                 if gan_on:                                             # each loss network is walked back once
                     pull, = torch.autograd.grad(loss, copies)
                     push, = torch.autograd.grad(adversarial, copies)
                     weight = adaptive_weight(*(torch.autograd.grad(copies, last, g, retain_graph=True)[0]
                                                for g in (pull, push)))
                     copies.backward(pull + args.gan_weight * weight * push)
-                    loss = loss.detach() + args.gan_weight * weight * adversarial.detach()
-                    sums[3:5] += torch.stack([adversarial.detach(), weight / args.accum])
+                    adversarial = adversarial.detach()                 # frees what was kept for the heads
+                    loss = loss.detach() + args.gan_weight * weight * adversarial
+                    sums[3:5] += torch.stack([adversarial, weight / args.accum])
                 else:
                     loss.backward()
             sums[:3] += torch.stack([loss.detach(), l1.detach() / args.accum, distance.detach() / args.accum])

@@ -26,7 +26,7 @@ from sample import generate                                                     
 from train_dit import load_dit                                                                   # noqa: E402
 
 COMMANDS = ["train_decoder.py --encoder tiny --run out/demo --epochs 5",
-            "train_dit.py --run out/demo --epochs 10 --decay-end 10 --ema 0.998",
+            "train_dit.py --run out/demo --epochs 14 --decay-end 14 --ema 0.998",
             "train_dit.py --rae out/demo/rae.pt --run out/weak --width 96 --depth 3 --heads 3 --head 96"
             " --head-heads 3 --epochs 3 --decay-end 3"]
 

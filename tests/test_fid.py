@@ -4,12 +4,12 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-import lpips
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image
 from torchvision.models import Inception3
 
@@ -218,27 +218,46 @@ def test_ssim_of_one_window_is_the_formula_with_gaussian_weights():
         assert found.item() == pytest.approx(np.mean(expected), rel=1e-9)
 
 
-def test_lpips_gets_images_in_minus_one_to_one(monkeypatch):
-    class Network(torch.nn.Module):                                           # of LPIPS's shapes, no weights
-        def __init__(self, **options):
-            super().__init__()
-
-        def forward(self, a, b):
-            assert a.unique().tolist() == [-1] and b.unique().tolist() == [0]
-            return (a - b).mean((1, 2, 3), keepdim=True)
-
-    monkeypatch.setattr(lpips, "LPIPS", Network)
-    distance, reason = fid.load_lpips()
-    assert reason is None
-    assert distance(torch.zeros(2, 3, 8, 8), torch.full((2, 3, 8, 8), 0.5)).tolist() == [-1, -1]
+def test_lpips_is_its_formula_on_normalised_features_of_both_images():
+    torch.manual_seed(0)
+    network, (a, b) = fid.load_lpips(vgg="random"), torch.rand(2, 2, 3, 32, 32) * 2 - 1
+    shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])       # ImageNet's, for [-1, 1]
+    maps = [network.net((x - shift.view(3, 1, 1)) / scale.view(3, 1, 1)) for x in (a, b)]
+    expected = 0
+    for p, q, linear in zip(*maps, network.lins):
+        unit = lambda x: x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
+        expected = expected + F.conv2d((unit(p) - unit(q)).square(), linear.model[1].weight).mean((2, 3))
+    torch.testing.assert_close(network(a, b).flatten(), expected[:, 0], rtol=1e-4, atol=1e-7)
+    assert network(a, a).abs().max() == 0 and not any(p.requires_grad for p in network.parameters())
 
 
-def test_without_vgg_lpips_is_left_out_with_a_reason(monkeypatch):
+def test_lpips_takes_the_published_vgg_file_and_refuses_others(tmp_path):
+    from torchvision.models import vgg16
+    torch.manual_seed(0)
+    state = {key: value for key, value in vgg16(weights=None).state_dict().items() if key.startswith("features.")}
+    torch.save(state | {"classifier.0.bias": torch.zeros(2)}, tmp_path / "vgg.pth")
+    network = fid.load_lpips(vgg=tmp_path / "vgg.pth")
+    x = torch.rand(1, 3, 32, 32)
+    torch.testing.assert_close(network.net(x)[4], vgg16_features(state, x))
+    torch.save({key: value for key, value in state.items() if key != "features.7.bias"}, tmp_path / "vgg.pth")
+    with pytest.raises(ValueError, match="1 missing .7.bias"):
+        fid.load_lpips(vgg=tmp_path / "vgg.pth")
+
+
+def vgg16_features(state, x):
+    """The last map of LPIPS: VGG16's thirteen convolutions, a pooling before the 3rd, 5th, 8th, 11th."""
+    for i in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28):
+        x = F.max_pool2d(x, 2) if i in (5, 10, 17, 24) else x
+        x = F.conv2d(x, state[f"features.{i}.weight"], state[f"features.{i}.bias"], padding=1).relu()
+    return x
+
+
+def test_without_vgg_one_sentence_names_the_file_and_the_flag(monkeypatch):
     def offline(*args, **kwargs):
         raise OSError("no network")
-    monkeypatch.setattr(lpips.pretrained_networks, "vgg16", offline)
-    network, reason = fid.load_lpips()
-    assert network is None and "vgg16-397923af.pth" in reason
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    with pytest.raises(ValueError, match="vgg16-397923af.pth.*--lpips-vgg"):
+        fid.load_lpips()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -278,7 +297,6 @@ def judge(monkeypatch, capsys):
         return json.loads(capsys.readouterr().out.splitlines()[-1])
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
-    monkeypatch.setattr(lpips.pretrained_networks, "vgg16", offline)
     return run
 
 

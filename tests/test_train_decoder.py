@@ -1,0 +1,235 @@
+"""Stage 1's losses, noise and discriminator, each against its formula, and the adversarial step on two ranks."""
+import math
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DECODER, ROOT, launch, losses
+
+from rae import RAE, Shapes, mix
+from train_decoder import (Discriminator, DiscriminatorHead, adaptive_weight, augment, evaluate, generator_loss, hinge_loss,
+                           noise_augment)
+
+
+@pytest.mark.parametrize("kind, mean, square", [("halfnormal", math.sqrt(2 / math.pi), 1), ("uniform", 1 / 2, 1 / 3)])
+def test_noise_has_one_strength_per_image_of_the_stated_distribution(kind, mean, square):
+    std = torch.rand(16, 24) + 0.5
+    noise = noise_augment(torch.zeros(4000, 16, 24), std, torch.arange(4000), 0.8, kind) * std        # of the tokens themselves
+    sigma = noise.square().mean((1, 2)).sqrt()                                # to 1 / sqrt(2 * 384) = 4 %
+    assert sigma.mean() == pytest.approx(0.8 * mean, rel=0.03) and sigma.square().mean() == pytest.approx(0.64 * square, rel=0.05)
+    assert (noise / sigma[:, None, None]).pow(4).mean() == pytest.approx(3, rel=0.03)         # Gaussian, given its strength
+    assert kind != "uniform" or 0.72 < sigma.max() < 0.8 * 1.15
+    assert torch.equal(noise_augment(torch.ones(1, 16, 24), std, torch.tensor([5]), 0.0, kind), torch.ones(1, 16, 24))
+    torch.testing.assert_close(noise_augment(torch.zeros(1, 16, 24), std, torch.tensor([5]), 0.8, kind)[0] * std, noise[5])
+
+
+def test_hinge_losses_are_their_formulas_and_stop_pushing_beyond_the_margin():
+    real, fake = torch.tensor([[2.0, 0.5, -1.0]], requires_grad=True), torch.tensor([[-3.0, 0.0, 1.5]], requires_grad=True)
+    loss = hinge_loss(real, fake)
+    assert loss.item() == pytest.approx(0.5 * ((0 + 0.5 + 2) / 3 + (0 + 1 + 2.5) / 3))
+    loss.backward()
+    torch.testing.assert_close(real.grad, torch.tensor([[0, -1, -1]]) / 6)
+    torch.testing.assert_close(fake.grad, torch.tensor([[0, 1, 1]]) / 6)
+    assert generator_loss(fake).item() == pytest.approx(0.5)
+
+
+def test_the_adaptive_weight_is_a_ratio_of_norms_within_its_bounds():
+    a, b = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 0.5]])
+    assert adaptive_weight(a.clone(), b.clone()).item() == pytest.approx(10, rel=1e-5)
+    assert adaptive_weight(a.clone(), torch.zeros(1, 2)).item() == 1e4 and adaptive_weight(torch.zeros(1, 2), b.clone()) == 0
+
+
+def test_the_adaptive_weight_balances_the_two_gradients_at_the_last_layer():
+    torch.manual_seed(0)
+    x, last = torch.randn(5, 7, dtype=torch.float64), torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    losses = [lambda w: (x @ w).abs().mean(), lambda w: -(x @ w).square().mean()]
+    found = adaptive_weight(*(torch.autograd.grad(loss(last), last)[0] for loss in losses))
+
+    def norm(loss, h=1e-6):                                                   # of the gradient, by central differences
+        steps = torch.eye(21, dtype=torch.float64).view(21, 7, 3) * h
+        return torch.stack([(loss(last + s) - loss(last - s)) / (2 * h) for s in steps]).norm().item()
+    assert found.item() == pytest.approx(norm(losses[0]) / norm(losses[1]), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def discriminator():
+    torch.manual_seed(0)
+    return Discriminator("tiny")
+
+
+def test_spectral_norms_are_one_after_the_power_iteration_has_converged(discriminator):
+    features = torch.randn(2, 16, 96)
+    for head in discriminator.heads:
+        for conv in (head.first[0], head.residual[0], head.last):
+            conv.parametrizations.weight.original.data.mul_(3)                # far from norm 1
+        with torch.no_grad():
+            for _ in range(400):
+                head.train()(features)
+        for conv in (head.first[0], head.residual[0], head.last):
+            values = torch.linalg.svdvals(conv.weight.flatten(1))
+            assert 0.99 < values[0] < 1.001, conv
+
+
+def test_a_heads_normalisation_is_each_images_own(discriminator):
+    torch.manual_seed(0)
+    head, features = DiscriminatorHead(8), torch.randn(3, 16, 8)
+    for parameter in head.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    head.eval()
+    torch.testing.assert_close(head(features)[:1], head(features[:1]))
+    conv, norm, _ = head.first                                                # and its formula, biased variance
+    x = features @ conv.weight[..., 0].T + conv.bias
+    x = (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + 1e-6).sqrt() * norm.weight + norm.bias
+    torch.testing.assert_close(head.first(features.mT), F.leaky_relu(x, 0.2).mT, rtol=1e-4, atol=1e-5)
+
+
+def test_the_residual_kernel_of_nine_tokens_goes_around_the_ends():
+    head = DiscriminatorHead(2).eval()
+    x = torch.zeros(1, 2, 12)
+    x[0, :, 0] = 1                                                            # an impulse at the first token
+    assert (head.residual[0](x) - head.residual[0](0 * x)).abs().sum(1)[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 8, 9, 10, 11]
+
+
+def test_the_discriminator_sees_five_maps_the_last_twice_and_images_do_not_see_each_other(discriminator):
+    images = Shapes().render(torch.arange(3))[0] / 127.5 - 1
+    discriminator.eval()
+    logits = discriminator(images)
+    assert logits.shape == (3, 5 * 16) and logits.dtype == torch.float32
+    torch.testing.assert_close(discriminator(images[:1]), logits[:1], rtol=1e-4, atol=1e-5)
+    assert [name for name, p in discriminator.named_parameters() if p.requires_grad and "heads" not in name] == []
+    one = discriminator.heads[0]
+    assert discriminator.layers == [0, 1, 2, 3]
+    discriminator.heads[0] = discriminator.heads[4]                           # then both last maps give the same
+    first, *_, fifth = discriminator(images).chunk(5, 1)
+    discriminator.heads[0] = one
+    torch.testing.assert_close(first, fifth)
+
+
+def test_the_dino_discriminator_has_the_released_sizes():
+    disc = Discriminator("dino", "random").eval()
+    assert disc.layers == [2, 5, 8, 11] and disc(torch.rand(1, 3, 256, 256)).shape == (1, 3920)
+    head = 384 * 384 + 384 + 2 * 384 + 9 * 384 * 384 + 384 + 2 * 384 + 384 + 1
+    assert sum(p.numel() for p in disc.parameters() if p.requires_grad) == 5 * head
+
+
+def test_augmentation_stays_within_its_ranges_and_is_drawn_per_image():
+    keys, n = mix(7, torch.arange(2000)), 2000
+    out = augment(torch.zeros(n, 3, 16, 16), keys)                            # brightness alone
+    flat = out[:, 0, 8, 8]
+    torch.testing.assert_close(out, flat[:, None, None, None].expand_as(out))
+    assert -0.5 <= flat.min() < -0.49 and 0.49 < flat.max() <= 0.5 and flat.std() == pytest.approx(12 ** -0.5, rel=0.05)
+    grey = torch.zeros(n, 3, 16, 16)
+    grey[:, :, 7, 6] = 1                                                      # one bright pixel: translation and contrast
+    out = augment(grey, keys)
+    place = out[:, 0].flatten(1).argmax(1)
+    for moved in (place // 16 - 7, place % 16 - 6):
+        assert moved.unique().tolist() == [-2, -1, 0, 1, 2]                   # 12.5 % of 16, all as likely
+        assert (moved[:, None] == torch.arange(-2, 3)).float().mean(0).tolist() == pytest.approx([0.2] * 5, abs=0.04)
+    contrast = out[:, 0].amax((1, 2)) - out[:, 0].amin((1, 2))
+    assert 0.5 <= contrast.min() < 0.51 and 1.49 < contrast.max() < 1.5 + 1e-5
+    colour = torch.tensor([1.0, 0, -1]).view(3, 1, 1).expand(n, 3, 16, 16)    # saturation times contrast
+    out_colour = augment(colour, keys)[:, :, 8, 8]
+    saturation = (out_colour[:, 0] - out_colour[:, 2]) / contrast             # the difference was 2
+    assert 0 <= saturation.min() < 0.01 and 3.98 < saturation.max() < 4 + 1e-4
+    torch.testing.assert_close(augment(grey[:1], keys[5:6]), out[5:6])        # of its key alone
+    assert (augment(grey[:1], keys[5:6] + 1) != out[5:6]).any()
+
+
+def test_augmentation_passes_exact_gradients_on():
+    torch.manual_seed(0)
+    x, step, out_weight = torch.rand(2, 3, 8, 8, requires_grad=True), torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    loss = lambda x: (augment(x, torch.tensor([1, 2])) * out_weight).sum()    # affine in x: any step is a differential
+    gradient, = torch.autograd.grad(loss(x), x)
+    assert (gradient * step).sum().item() == pytest.approx((loss(x + step) - loss(x)).item(), rel=1e-4)
+    assert (gradient.abs().sum(1) > 0).float().mean() > 0.7                   # all pixels that are not moved out
+
+
+def test_evaluation_adds_the_stated_noise_and_depends_on_no_batch():
+    torch.manual_seed(0)
+    rae, data = RAE("tiny", "tiny", 32).eval().requires_grad_(False), Shapes(first=50_000, count=30)
+    perceptual = lambda a, b: (a - b).abs().mean((1, 2, 3), keepdim=True)
+    seen = [evaluate(rae, rae.decoder, data, perceptual, torch.device("cpu"), batch=batch, most=20) for batch in (20, 7)]
+    for key in seen[0]:
+        assert seen[0][key] == pytest.approx(seen[1][key], rel=1e-6), key
+    assert list(seen[0]) == [f"{name}{at}" for at in ("", "@0.1", "@0.2", "@0.4") for name in ("psnr", "ssim", "lpips")]
+    exact = rae.decode(rae.encode(images := torch.stack([data[i, i][0] for i in range(20)]).float() / 255)).clamp(0, 1)
+    error = ((exact * 255).round() / 255 - images).square().mean((1, 2, 3))
+    assert seen[0]["psnr"] == pytest.approx((-10 * error.log10()).mean().item(), rel=1e-5)
+    assert evaluate(rae, rae.decoder, data, None, torch.device("cpu"), most=4)["lpips@0.2"] is None
+
+
+# The adversarial training as a process
+
+RECORDED = f"""
+import os, sys, weakref
+sys.path.insert(0, {str(ROOT)!r})
+import torch, train_decoder
+weights, made, alive, most = [], [], weakref.WeakSet(), [0, 0]
+
+class Saved:                                       # a tensor that autograd keeps for a backward pass
+    def __init__(self, tensor): self.tensor = tensor; alive.add(self)
+
+class Recorded(train_decoder.Discriminator):
+    def __init__(self, *args): super().__init__(*args); made.append(self)
+    def forward(self, images):
+        most[self.training] = max(most[self.training], len(alive))
+        return super().forward(images)
+
+def recorded(*gradients, weight=train_decoder.adaptive_weight):
+    weights.append(weight(*gradients))
+    return weights[-1]
+
+train_decoder.Discriminator, train_decoder.adaptive_weight = Recorded, recorded
+torch.Tensor.round = lambda self: self             # to 8 bits: it makes 1e-7 to 1/255, and Adam that to a full step
+with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+    train_decoder.main()
+torch.save(dict(weights=weights, disc=made[0].state_dict() if made else {{}}, most=most), f"rank{{os.environ.get('RANK', 0)}}.pt")
+"""
+
+
+def train(cwd, photos, *flags, ranks=1):
+    """Up to 6 steps of 12, the discriminator from step 1 on, in the decoder's loss from step 2 on; its run folder."""
+    (cwd / "recorded.py").write_text(RECORDED)
+    launch(cwd / "recorded.py", *DECODER, "--gan-weight", 0.75, "--lpips-weight", 1, "--lpips-vgg", "random", "--disc-start", 0.3,
+           "--gan-start", 0.6, "--lr", "1e-4", "--data", photos, *flags, cwd=cwd, ranks=ranks)
+    return cwd / "out/tiny"
+
+
+@pytest.fixture(scope="module")
+def adversarial(tmp_path_factory, photos):
+    return train(tmp_path_factory.mktemp("adversarial"), photos, "--steps", 6)
+
+
+def load(run):
+    return torch.load(run / "rae.pt", weights_only=True)
+
+
+def test_two_ranks_train_adversarially_as_one_and_agree(adversarial, tmp_path, photos):
+    run = train(tmp_path, photos, "--steps", 6, ranks=2)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert len(first["weights"]) == 4 and first["weights"] == second["weights"] and min(first["weights"]) > 0
+    for key, value in first["disc"].items():
+        assert torch.equal(value, second["disc"][key]), key
+    in_the_decoders_step, in_its_own = first["most"]
+    assert in_the_decoders_step > 0 and in_its_own == 0                       # of the decoder's graph nothing is alive
+    torch.testing.assert_close(losses(run, 1), losses(adversarial, 1), rtol=1e-3, atol=1e-4)
+    one, two = load(adversarial), load(run)
+    for part in ("model", "ema"):
+        for key, value in one[part].items():
+            torch.testing.assert_close(value, two[part][key], rtol=1e-3, atol=1e-3, msg=lambda text: f"{part} {key}: {text}")
+
+
+def test_an_adversarial_run_resumes_bitwise(adversarial, tmp_path, photos):
+    for steps in (1, 6):                                                      # stopped before the discriminator begins
+        run = train(tmp_path, photos, "--steps", steps)
+    one, two = load(adversarial), load(run)
+    for part in ("model", "ema", "disc"):
+        for key, value in one[part].items():
+            assert torch.equal(value, two[part][key]), f"{part} {key}"
+    assert losses(run, 1) == losses(adversarial, 1)
+
+
+def test_both_inputs_of_the_discriminator_train_and_differ(adversarial, tmp_path, photos):
+    noisy, clean = (losses(run, 1) for run in (train(tmp_path, photos, "--steps", 3, "--disc-input", "noisy"), adversarial))
+    assert noisy[:2] == clean[:2] and noisy[2] != clean[2]                    # from the first step after its first update
