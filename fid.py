@@ -182,21 +182,30 @@ def precision_recall(real, fake, k=3, block=2 ** 25):
     return precise / len(fake), recalled.double().mean().item()
 
 
-def linear_probe(train_features, train_labels, test_features, test_labels, decay=1e-4):
-    """(N,D), (N,) and (M,D), (M,) -> top-1 of logistic regression on standardised features, by L-BFGS."""
-    mean, std = train_features.mean(0), train_features.std(0) + 1e-6
-    x, head = (train_features - mean) / std, nn.Linear(train_features.shape[1], int(train_labels.max()) + 1)
-    head.to(x.device).requires_grad_(True).load_state_dict({k: 0 * v for k, v in head.state_dict().items()})
+def fit_probe(features, labels, decay=1e-4):
+    """features (N,D), labels (N,) -> a function (M,D) -> logits (M,C): logistic regression on standardised
+    features, by L-BFGS from zero."""
+    mean, std = features.mean(0), features.std(0) + 1e-6
+    x, head = (features - mean) / std, nn.Linear(features.shape[1], int(labels.max()) + 1).to(features.device)
+    nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
 
     def loss():
         optimizer.zero_grad()
-        total = F.cross_entropy(head(x), train_labels) + decay / 2 * head.weight.square().sum()
+        total = F.cross_entropy(head(x), labels) + decay / 2 * head.weight.square().sum()
         total.backward()
         return total
 
-    optimizer.step(loss)
-    return (head((test_features - mean) / std).argmax(1) == test_labels).double().mean().item()
+    with torch.enable_grad():
+        optimizer.step(loss)
+    head.requires_grad_(False)
+    return lambda features: head((features - mean) / std)
+
+
+def linear_probe(train_features, train_labels, test_features, test_labels):
+    """(N,D), (N,) and (M,D), (M,) -> top-1 of a linear classifier (Table 1d)."""
+    guess = fit_probe(train_features, train_labels)(test_features).argmax(1)
+    return (guess == test_labels).double().mean().item()
 
 # ---------------------------------------------------------------------------------------------------------
 # Metrics on pairs of images (B,3,H,W) in [0,1]: a number for each pair
@@ -238,8 +247,8 @@ def load_lpips(device="cpu", vgg=None):
             state = read_weights(vgg) if vgg else torch.hub.load_state_dict_from_url(
                 VGG, map_location="cpu", progress=False, weights_only=True)
         except OSError as error:
-            raise UserError(f"cannot download {Path(VGG).name} for LPIPS ({error}): bring that file and name it"
-                            " with --lpips-vgg PATH, or train without LPIPS: --lpips-weight 0") from None
+            raise UserError(f"cannot download {Path(VGG).name} for LPIPS ({error}): bring that file and name"
+                            " it with --lpips-vgg PATH, or train without LPIPS: --lpips-weight 0") from None
         for part in range(1, 6):                                     # five slices of one numbered sequence
             layers = getattr(net.net, f"slice{part}")
             names = [f"features.{name}." for name, _ in layers.named_children()]

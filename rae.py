@@ -641,12 +641,23 @@ def save_checkpoint(path, **state):
     return True
 
 
+def save_picture(images, path, nrow):
+    """Images (B,3,H,W) around [0,1] as a grid of `nrow` columns; a full disk costs the picture, no more."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_image(images.clamp(0, 1), path, nrow=nrow)
+    except OSError as error:
+        print(f"WARNING: {path} could not be written ({error})", flush=True)
+
+
 def newest(name):
     """The newest out/*/name, else the bundled demo's."""
     return max(Path("out").glob(f"*/{name}"), key=os.path.getmtime, default=ROOT / "assets/demo" / name)
 
 
 # What both trainers do around their loops
+
+LOST = 10     # so many steps in a row without a finite gradient end training
 
 def start():
     """Join torchrun's process group, or make one of a single process: (device, rank, world size)."""
@@ -725,9 +736,12 @@ def log(run, **values):
     """One line to RUN/log.jsonl, and to the terminal; on rank 0."""
     if dist.get_rank() == 0:
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        Path(run).mkdir(parents=True, exist_ok=True)
-        with open(Path(run, "log.jsonl"), "a") as file:
-            file.write(json.dumps(values) + "\n")
+        try:
+            Path(run).mkdir(parents=True, exist_ok=True)
+            with open(Path(run, "log.jsonl"), "a") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            print(f"WARNING: {run}/log.jsonl lacks the next line ({error})")
         if "eta" in values:
             values["eta"] = timedelta(seconds=round(values["eta"]))
         print("  ".join(f"{key} {v:.4g}" if isinstance(v, float) else f"{key} {v}"

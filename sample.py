@@ -2,6 +2,7 @@
 
     python sample.py                                     # the newest run or the bundled demo -> samples.png
     python sample.py --classes star heart --scale 1.5    # two classes, classifier-free guidance
+    python sample.py --best-of 4                         # decodes the best of 4 latents by a linear probe
     torchrun --nproc_per_node=8 -- sample.py --run release:imagenet256 --npz samples.npz --num 50000
 
 An image is a function of (seed, its index, the model), whatever the batch size or the number of ranks.
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from rae import UserError, at_least, load_rae, mix, newest, normals, start
+from rae import UserError, at_least, load_rae, mix, newest, normals, open_data, start
 from train_dit import RELEASED, load_dit, time_shift
 
 
@@ -52,13 +53,24 @@ def guided(model, y, scale=1.0, weak=None, interval=(0, 1)):
 
 
 @torch.no_grad()
-def generate(model, rae, labels, keys, alpha, steps=50, scale=1.0, weak=None, interval=(0, 1), dtype="fp32"):
-    """labels (B,), keys (B,) -> images (B,3,H,W) in [0,1]; noise is drawn on the CPU for every device."""
+def generate(model, rae, labels, keys, alpha, steps=50, scale=1.0, weak=None, interval=(0, 1), dtype="fp32",
+             probe=None, best_of=1):
+    """labels (B,), keys (B,) -> images (B,3,H,W) in [0,1]; noise is drawn on the CPU for every device.
+
+    best_of: so many latents for each image, of which the one is decoded that `probe`, tokens' means (M,D) ->
+    logits (M,C), finds the likeliest of its label: latents are representations (arXiv 2601.16208).
+    """
     device, size = rae.mean.device, (rae.num_tokens, rae.token_dim)
+    keys = torch.stack([mix(keys, j) if j else keys for j in range(best_of)], 1).flatten()    # (B * best_of,)
+    labels = labels.to(device).repeat_interleave(best_of)
     noise = normals(keys, size[0] * size[1], torch.device("cpu")).view(-1, *size).to(device)
-    velocity = guided(model, labels.to(device), scale, weak, interval)
+    velocity = guided(model, labels, scale, weak, interval)
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
-        z = euler(velocity, noise, sample_times(steps, alpha))                # (B, N, D)
+        z = euler(velocity, noise, sample_times(steps, alpha))                # (B * best_of, N, D)
+        if best_of > 1:
+            fits = probe((z * rae.std + rae.mean).mean(1)).log_softmax(1)     # (B * best_of, C)
+            best = fits.gather(1, labels[:, None]).view(-1, best_of).argmax(1)
+            z = z.unflatten(0, (-1, best_of))[torch.arange(len(best), device=device), best]
         return rae.decode(z).float().clamp(0, 1)
 
 
@@ -83,6 +95,17 @@ def pick_classes(names, classes):
     return [known[name] for name in names]
 
 
+def fit_to(rae, data, columns, device):
+    """The probe of --best-of: a linear classifier of 50 images per class of `data`, and at least 10,000."""
+    from fid import fit_probe, per_image
+    dataset = open_data(data, rae.image_size)
+    if max(columns) >= len(dataset.classes):
+        raise UserError(f"--best-of needs a class, and an image folder of the model's classes as --data:"
+                        f" {data} has {len(dataset.classes)}")
+    pooled = lambda images: rae.tokens(images.float() / 255).mean(1)
+    return fit_probe(*per_image(dataset, pooled, 64, device, max(10_000, 50 * len(dataset.classes))))
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -93,9 +116,11 @@ def parse_args():
     add("--npz", help="write this .npz for fid.py: class-balanced, shuffled, uint8 arr_0 (N,H,W,3)")
     add("--out", default="samples.png", help="the grid's file: a column per class")
     add("--steps", type=at_least(1), default=50, help="Euler steps = evaluations of the model")
-    add("--scale", type=float, help="guidance scale; default: 1 (none), with --guide 1.42, for releases the paper's")
+    add("--scale", type=float, help="guidance scale (default: 1, with --guide 1.42, for releases the paper's)")
     add("--guide", help="AutoGuidance by this model: run folder, dit.pt, release:NAME (else classifier-free)")
     add("--interval", type=float, nargs=2, default=(0, 1), metavar=("LO", "HI"), help="guide at these times")
+    add("--best-of", type=at_least(1), default=1, help="latents for each image; a linear probe picks one")
+    add("--data", help="labelled images for that probe (default: shapes for tiny, or data/imagenet)")
     add("--seed", type=int, default=0)
     add("--batch", type=at_least(1), default=80, help="images at a time on each rank; changes no picture")
     add("--dtype", choices=("fp32", "bf16"), help="default: bf16 on GPUs, fp32 on CPUs")
@@ -107,7 +132,7 @@ def main():
     device, rank, world = start()
     run = str(args.run or newest("dit.pt"))
     model = load_dit(run, device, weights=args.weights)
-    rae = load_rae(model.rae, device, decode_only=True, weights=args.weights)
+    rae = load_rae(model.rae, device, decode_only=args.best_of == 1, weights=args.weights)
     guide, scale = args.guide, 1.42 if args.guide else 1.0
     if run.removeprefix("release:") in RELEASED and args.scale is None and not guide:          # the paper's
         guide, scale = f"{run}/weak", RELEASED[run[8:]][3]
@@ -124,7 +149,10 @@ def main():
     columns = pick_classes(args.classes or spread, classes) if classes else [model.num_classes]
     if columns == [model.num_classes] and scale != 1 and not weak:
         raise UserError("classifier-free guidance needs classes: --classes none takes --scale 1 or --guide")
-    num = args.num or (50_000 if args.npz else 8 * len(columns))
+    num, probe = args.num or (50_000 if args.npz else 8 * len(columns)), None
+    if args.best_of > 1:
+        data = args.data or ("shapes" if rae.name == "tiny" else "data/imagenet")
+        probe = fit_to(rae, data, columns, device)
 
     # Every rank makes its share of the indices and writes it into one array on disk
     out = Path(args.npz or args.out)
@@ -134,8 +162,8 @@ def main():
         out.parent.mkdir(parents=True, exist_ok=True)
         np.lib.format.open_memmap(pixels, "w+", np.uint8, (num, side, side, 3))
         way = f"guidance {scale:g} by {guide or 'the null class'} in {list(args.interval)}"
-        print(f"{run} with {model.rae}: {num} images, {args.steps} steps,",
-              way if scale != 1 else "no guidance")
+        way = way if scale != 1 else "no guidance"
+        print(f"{run} with {model.rae}: {num} images, {args.steps} steps, {way}, best of {args.best_of}")
     dist.barrier()
     array, begun = np.lib.format.open_memmap(pixels, "r+"), time.time()
     indices = torch.arange(num)
@@ -144,9 +172,9 @@ def main():
     else:
         labels = torch.tensor(columns)[indices % len(columns)]
     mine = torch.arange(rank, num, world)
-    for index in tqdm(mine.split(args.batch), disable=rank > 0, unit="batch"):
+    for index in tqdm(mine.split(max(1, args.batch // args.best_of)), disable=rank > 0, unit="batch"):
         images = generate(model, rae, labels[index], mix(args.seed, 0, index), model.alpha, args.steps, scale,
-                          weak, args.interval, dtype)
+                          weak, args.interval, dtype, probe, args.best_of)
         array[index.numpy()] = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     array.flush()
     dist.barrier()

@@ -24,11 +24,10 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import spectral_norm
-from torchvision.utils import make_grid, save_image
 
-from rae import (DECODERS, ENCODERS, RAE, Order, UserError, at_least, batches, best_dtype, build_encoder,
-                 count_flops, describe, in_order, load_rae, load_strict, log, mix, normals, open_data,
-                 open_val, resume, save_checkpoint, start, stop_signal)
+from rae import (DECODERS, ENCODERS, LOST, RAE, Order, UserError, at_least, batches, best_dtype,
+                 build_encoder, count_flops, describe, in_order, load_rae, load_strict, log, mix, normals,
+                 open_data, open_val, resume, save_checkpoint, save_picture, start, stop_signal)
 
 
 # Latent statistics and noise
@@ -270,14 +269,13 @@ def main():
     ddp, ddp_disc = wrap(torch.compile(decoder) if args.compile else decoder), wrap(disc) if gan else None
 
     def save():
+        """Whether it worked, on rank 0."""
         keep = args.encoder == "tiny" or args.encoder_weights or kept         # the hub gives back the others
-        if rank == 0:
-            save_checkpoint(run / "rae.pt", config=rae.config, fixed=fixed, step=step, mean=rae.mean,
-                            var=rae.var, model=decoder.state_dict(), ema=ema.module.state_dict(),
-                            optimizer=optimizer.state_dict(),
-                            encoder=rae.encoder.state_dict() if keep else None,
-                            disc=disc.heads.state_dict() if gan else None,
-                            disc_optimizer=disc_optimizer.state_dict() if gan else None)
+        return rank or save_checkpoint(
+            run / "rae.pt", config=rae.config, fixed=fixed, step=step, mean=rae.mean, var=rae.var,
+            model=decoder.state_dict(), ema=ema.module.state_dict(), optimizer=optimizer.state_dict(),
+            encoder=rae.encoder.state_dict() if keep else None, disc=disc.heads.state_dict() if gan else None,
+            disc_optimizer=disc_optimizer.state_dict() if gan else None)
 
     # Latent statistics, once
     still = copy(dataset)
@@ -290,6 +288,8 @@ def main():
         rae.mean.copy_(mean), rae.var.copy_(var)
         broken = dataset.broken.int() if hasattr(dataset, "broken") else torch.zeros(1, dtype=torch.int)
         dist.all_reduce(broken)
+        if hasattr(dataset, "broken"):
+            dataset.broken |= broken.bool()                                   # named once, on whatever rank
         say(f"statistics took {time.time() - begun:.0f} s" + (
             f"; {int(broken.sum())} of {len(dataset)} images cannot be decoded" if broken.any() else ""))
         save()
@@ -314,7 +314,7 @@ def main():
         return args.lr * min(1, (at + 1) / max(warmup, 1)) * (0.55 + 0.45 * math.cos(math.pi * progress))
 
     asked, stop, since, clock = stop_signal(), False, step, time.time()
-    sums = torch.zeros(7, device=device)                                     # the logged means, on the device
+    sums = torch.zeros(8, device=device)             # for the log, on the device; last: steps lost in a row
     while step < total and not stop:
         disc_on, gan_on = (gan and step >= start * epoch for start in (args.disc_start, args.gan_start))
         micros = [next(loader) for _ in range(args.accum)]
@@ -330,14 +330,15 @@ def main():
                     distance = perceptual(copies * 2 - 1, images * 2 - 1).mean() if perceptual else 0 * l1
                     loss = (l1 + args.lpips_weight * distance) / args.accum
                     if gan_on:
-                        adversarial = generator_loss(disc.eval()(augment(copies * 2 - 1, mix(keys, 1)))) / args.accum
+                        logits = disc.eval()(augment(copies * 2 - 1, mix(keys, 1)))
+                        adversarial = generator_loss(logits) / args.accum
                 if gan_on:                                             # each loss network is walked back once
                     pull, = torch.autograd.grad(loss, copies)
                     push, = torch.autograd.grad(adversarial, copies)
                     weight = adaptive_weight(*(torch.autograd.grad(copies, last, g, retain_graph=True)[0]
                                                for g in (pull, push)))
                     copies.backward(pull + args.gan_weight * weight * push)
-                    adversarial = adversarial.detach()                 # frees what was kept for the heads
+                    adversarial, logits = adversarial.detach(), None   # frees what was kept for the heads
                     loss = loss.detach() + args.gan_weight * weight * adversarial
                     sums[3:5] += torch.stack([adversarial, weight / args.accum])
                 else:
@@ -350,6 +351,7 @@ def main():
         optimizer.zero_grad(set_to_none=True)
         ema.update(decoder)
         sums[6] += optimizer.found_inf
+        sums[7] = (sums[7] + 1) * optimizer.found_inf
 
         # ---- discriminator ---------------------------------------------------------------------------------
         if disc_on:
@@ -379,22 +381,22 @@ def main():
         if step % args.log_every == 0 or step == total:
             steps, seconds = step - since, time.time() - clock
             dist.all_reduce(sums)
-            means = (sums / steps / world).tolist()                           # the one device sync
-            loss, l1, distance, adversarial, weight, disc_loss, skipped = means
+            *means, skipped, lost = sums.div_(world).tolist()                  # the one device sync
+            loss, l1, distance, adversarial, weight, disc_loss = (value / steps for value in means)
             parts = dict(l1=l1) | (dict(lpips=distance) if perceptual else {}) | (
                 dict(gan=adversarial, gan_lambda=weight, disc=disc_loss) if disc_on else {})
             rate = steps * args.batch / seconds
             log(run, stage=1, step=step, total=total, loss=loss, **parts, lr=lr, images_per_s=rate,
-                tflops=rate * image_flops / 1e12, skipped=round(skipped * steps),
+                tflops=rate * image_flops / 1e12, skipped=int(skipped),
                 eta=(total - step) * seconds / steps)
-            if skipped == 1:
-                raise UserError(f"the last {steps} steps had non-finite gradients (loss parts {parts}):"
-                                f" resume {run}/rae.pt, the last good one, with a lower --lr or in fp32")
-            sums.zero_()
+            if lost >= LOST:
+                raise UserError(f"step {step}: the last {lost:.0f} had non-finite gradients and were skipped"
+                                f" ({parts}); {run}/rae.pt is the last good state: resume with a lower --lr,"
+                                " or with --dtype fp32")
+            sums[:7].zero_()
             since, clock = step, time.time()
         if step % args.save_every == 0 or step == total or stop:
-            before = time.time()
-            save()
+            before, written = time.time(), save()
             if held_out and not stop:
                 log(run, stage=1, step=step, n=min(2048, len(held_out)),
                     **evaluate(rae, ema.module, held_out, perceptual, device, rank, world))
@@ -403,10 +405,11 @@ def main():
                     z = rae.encode(pictures)
                     noisy = z + 0.4 * normals(torch.arange(len(z)), z[0].numel(), device).view_as(z)
                     copies = [rae.decode(x, ema.module) for x in (z, noisy)]
-                    rows = torch.cat([pictures, *copies]).clamp(0, 1)
-                (run / "samples").mkdir(exist_ok=True)
-                save_image(make_grid(rows, nrow=len(pictures)), run / f"samples/decoder_{step:07d}.png")
+                    rows = torch.cat([pictures, *copies])
+                save_picture(rows, run / f"samples/decoder_{step:07d}.png", nrow=len(pictures))
             clock += time.time() - before
+    if not written:
+        raise UserError(f"the last save failed, {run}/rae.pt is older: make room and start the same again")
     say(f"wrote {run}/rae.pt; {run}/samples shows originals, reconstructions and, below, those of latents"
         f" with noise 0.4. Next: python train_dit.py --run {run}")
     dist.destroy_process_group()

@@ -20,12 +20,11 @@ import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.utils import save_image
 
-from rae import (ENCODERS, HUB, RAE, ROOT, Order, UserError, at_least, attention, batches, best_dtype,
+from rae import (ENCODERS, HUB, LOST, RAE, ROOT, Order, UserError, at_least, attention, batches, best_dtype,
                  count_flops, describe, fetch, in_order, load_rae, load_strict, log, mix, newest, normals,
-                 open_data, open_val, read_weights, resume, save_checkpoint, sincos_2d, start, stop_signal,
-                 unwrap)
+                 open_data, open_val, read_weights, resume, save_checkpoint, save_picture, sincos_2d, start,
+                 stop_signal, unwrap)
 
 SIZES = {  # width: depth, heads
     192:  (4, 6),        # for the encoder `tiny`
@@ -424,22 +423,26 @@ def main():
         f" steps {step} to {total}")
 
     def save():
-        if rank == 0 and save_checkpoint(
-                run / "dit.pt", config=config, fixed=fixed, step=step, alpha=alpha,
-                classes=dataset.classes if args.label_dropout < 1 else [],
-                rae=None if Path(path) == run / "rae.pt" else str(path), model=model.state_dict(),
-                ema=ema.module.state_dict(), optimizer=optimizer.state_dict()) and step >= args.save_every:
+        """Whether it worked, on rank 0."""
+        if rank:
+            return True
+        written = save_checkpoint(
+            run / "dit.pt", config=config, fixed=fixed, step=step, alpha=alpha,
+            classes=dataset.classes if args.label_dropout < 1 else [],
+            rae=None if Path(path) == run / "rae.pt" else str(path), model=model.state_dict(),
+            ema=ema.module.state_dict(), optimizer=optimizer.state_dict())
+        if step >= args.save_every:
             from sample import generate
             labels = torch.arange(50) % 10 * max(1, config["num_classes"] // 10) % config["num_classes"]
             if args.label_dropout == 1:
                 labels.fill_(config["num_classes"])
             images = generate(ema.module, rae, labels, mix(0, torch.arange(50)), alpha, steps=25)
-            (run / "samples").mkdir(exist_ok=True)
-            save_image(images, run / f"samples/{step:07d}.png", nrow=10)
+            save_picture(images, run / f"samples/{step:07d}.png", nrow=10)
+        return written
 
     # The loop, in optimiser steps
     asked, stop, since, clock = stop_signal(), False, step, time.time()
-    sums = torch.zeros(2, device=device)                            # loss and skipped steps, on the device
+    sums = torch.zeros(3, device=device)       # loss, skipped steps, those without a break; on the device
     while step < total and not stop:
         for micro in range(args.accum):
             images, y, keys = next(loader)
@@ -462,6 +465,7 @@ def main():
         optimizer.zero_grad(set_to_none=True)
         ema.update(model)
         sums[1] += optimizer.found_inf
+        sums[2] = (sums[2] + 1) * optimizer.found_inf
         step += 1
         stop = asked.clone()                                        # reduced on the host, not on the device
         dist.all_reduce(stop, dist.ReduceOp.MAX)
@@ -469,23 +473,26 @@ def main():
         if step % args.log_every == 0 or step == total:
             steps, seconds = step - since, time.time() - clock
             dist.all_reduce(sums)
-            loss, skipped = (sums / steps / world).tolist()                   # the one device sync
+            loss, skipped, lost = sums.div_(world).tolist()                   # the one device sync
             rate = steps * args.batch / seconds
-            log(run, stage=2, step=step, total=total, loss=loss, lr=lr, images_per_s=rate,
-                tflops=rate * image_flops / 1e12, skipped=round(skipped * steps),
+            log(run, stage=2, step=step, total=total, loss=loss / steps, lr=lr, images_per_s=rate,
+                tflops=rate * image_flops / 1e12, skipped=int(skipped),
                 eta=(total - step) * seconds / steps)
-            if skipped == 1:
-                raise UserError(f"the last {steps} steps had non-finite gradients; {run}/dit.pt holds the"
-                                " last good state: resume with a lower --lr, or with --dtype fp32")
-            sums.zero_()
+            if lost >= LOST:
+                raise UserError(f"step {step}: the last {lost:.0f} had non-finite gradients and were skipped"
+                                f" (loss {loss / steps:.4g}); {run}/dit.pt is the last good state: resume"
+                                " with a lower --lr, or with --dtype fp32")
+            sums[:2].zero_()
             since, clock = step, time.time()
         before = time.time()
         if step % args.save_every == 0 or step == total or stop:
-            save()
+            written = save()
         if args.eval_every and step % args.eval_every == 0 and held_out:
             log(run, stage=2, step=step, **evaluate(
                 ema.module, rae, held_out, alpha, device, rank, world, args.label_dropout == 1))
         clock += time.time() - before
+    if not written:
+        raise UserError(f"the last save failed, {run}/dit.pt is older: make room and start the same again")
     say(f"wrote {run}/dit.pt and {run}/samples. Next: python sample.py --run {run}")
     dist.destroy_process_group()
 

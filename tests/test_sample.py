@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from rae import RAE
+from rae import RAE, mix, normals
 from sample import balanced_label, euler, generate, guided, pick_classes, sample_times
 from train_dit import DiT, time_shift
 
@@ -67,6 +67,26 @@ def test_an_image_is_a_function_of_its_key_and_label():
     alone = generate(model, rae, labels[3:4], keys[3:4], 2.0, 4)
     assert ((alone - images[3:4]).abs() * 255).max() < 1
     assert ((generate(model, rae, labels, keys, 2.0, 4, dtype="bf16") - images).abs() * 255).mean() < 1
+
+
+def test_the_best_of_n_is_the_likeliest_latent_and_n_nests():
+    torch.manual_seed(0)
+    model, seen = DiT(16, 96, 48, 1, 4, 0, num_classes=10), []
+    rae, keys, labels = RAE("tiny", "tiny", 32, encoder_weights=False), torch.arange(4), torch.tensor([3, 1, 0, 3])
+    rae.mean.normal_(), rae.var.uniform_(0.5, 2)
+
+    def probe(means):                                                         # the model is new, z is the noise itself
+        seen.append(means)
+        return means[:, :10]
+    best = generate(model, rae, labels, keys, 2.0, 2, probe=probe, best_of=3)
+    noise = normals(torch.stack([keys, mix(keys, 1), mix(keys, 2)], 1).flatten(), 16 * 96, torch.device("cpu")).view(12, 16, 96)
+    torch.testing.assert_close(seen[0], (noise * rae.std + rae.mean).mean(1))
+    fits = seen[0][:, :10].log_softmax(1).view(4, 3, 10)[torch.arange(4), :, labels]
+    assert len(fits.argmax(1).unique()) > 1                                   # not always the first
+    chosen = noise.view(4, 3, 16, 96)[torch.arange(4), fits.argmax(1)]
+    torch.testing.assert_close(best, rae.decode(chosen).clamp(0, 1))
+    one = generate(model, rae, labels, keys, 2.0, 2)                          # of one: no probe, the plain samples
+    torch.testing.assert_close(one, rae.decode(noise.view(4, 3, 16, 96)[:, 0]).clamp(0, 1))
 
 
 def test_npz_labels_are_balanced_shuffled_and_independent_of_their_number():
