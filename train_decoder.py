@@ -313,6 +313,14 @@ def main():
         progress = min(max((at - warmup) / max(length - warmup, 1), 0), 1)
         return args.lr * min(1, (at + 1) / max(warmup, 1)) * (0.55 + 0.45 * math.cos(math.pi * progress))
 
+    shape = (args.batch // (world * args.accum), rae.num_tokens, rae.token_dim)
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):      # first backwards, by which
+        ddp(torch.zeros(shape, device=device)).sum().backward()      # DDP orders its buckets: resuming is exact
+        if gan:
+            ddp_disc.eval()(torch.zeros(2 * shape[0], 3, size, size, device=device)).sum().backward()
+            disc_optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)
+
     asked, stop, since, clock = stop_signal(), False, step, time.time()
     sums = torch.zeros(8, device=device)             # for the log, on the device; last: steps lost in a row
     while step < total and not stop:

@@ -440,6 +440,11 @@ def main():
             save_picture(images, run / f"samples/{step:07d}.png", nrow=10)
         return written
 
+    size = args.batch // (world * args.accum)               # a first backward, by which DDP orders its buckets,
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):      # so that resuming is exact
+        ddp(*(torch.zeros(size, *x.shape[1:], dtype=x.dtype, device=device) for x in one_image)).sum().backward()
+    optimizer.zero_grad(set_to_none=True)
+
     # The loop, in optimiser steps
     asked, stop, since, clock = stop_signal(), False, step, time.time()
     sums = torch.zeros(3, device=device)       # loss, skipped steps, those without a break; on the device

@@ -104,35 +104,42 @@ def looks(images):
     return torch.cat([images.mean((2, 3)), torch.stack([x, y, area.sqrt() / len(axis)], 1)], 1)
 
 
+def parts(f, *tensors):
+    """f of 500 rows of each tensor at a time, its results in one tensor."""
+    return torch.cat([f(*part) for part in zip(*(x.split(500) for x in tensors))])
+
+
+def pooled(rae):
+    """images (B,3,H,W) -> the encoder's tokens, averaged (B,D): what FD is measured in."""
+    return lambda images: parts(lambda x: rae.tokens(x).mean(1), images)
+
+
 def check(run, num):
     """Prints the figures of a run: how good the judge is, the autoencoder's, those of `num` samples."""
     data, model, index, y = Shapes(), load_dit(ROOT / run), torch.arange(num), torch.arange(num) % 10
     rae, judge = load_rae(ROOT / model.rae), train_judge(data)
-    right = lambda images, labels: (judge(images).argmax(1) == labels).float()
-    parts = lambda f, *tensors: torch.cat([f(*part) for part in zip(*(x.split(500) for x in tensors))])
+    right = lambda images, labels: (parts(judge, images).argmax(1) == labels).float()
     (train, train_y), (real, real_y) = (data.render(torch.arange(i, i + 10_000)) for i in (0, 50_000))
     train, real = train / 255, real / 255
-    for name, f in (("mean token", lambda x: rae.tokens(x).mean(1)), ("raw pixels", lambda x: x.flatten(1))):
-        print(f"linear probe, {name}: {linear_probe(parts(f, train), train_y, parts(f, real), real_y):.2%}")
+    for name, f in (("mean token", pooled(rae)), ("raw pixels", lambda x: x.flatten(1))):
+        print(f"linear probe, {name}: {linear_probe(f(train), train_y, f(real), real_y):.2%}")
     torch.set_grad_enabled(False)
     copies = parts(lambda images: rae.decode(rae.encode(images)).clamp(0, 1), real)
     print(f"{len(real)} held-out images: judge {right(real, real_y).mean():.2%}; their reconstructions:"
           f" judge {right(copies, real_y).mean():.2%}, PSNR {psnr(real, copies).mean():.2f} dB", flush=True)
-    weak = [("AutoGuidance", 1.5, load_dit(path)) for path in (ROOT / run).glob("weak.pt")]
-    for way, scale, guide in [("no guidance", 1, None), ("classifier-free guidance", 1.5, None)] + weak:
-        fake = parts(lambda labels, i: generate(model, rae, labels, mix(0, 0, i), model.alpha, scale=scale,
-                                                weak=guide, dtype="bf16"), y, index)
-        hits, fd = right(fake, y), frechet_distance(*moments(judge[:-1](fake)), *moments(judge[:-1](real)))
-        print(f"{way} (scale {scale}): {hits.mean():.2%} of {num} samples recognised, FD {fd:.2f};",
-              ", ".join(f"{name} {hits[y == c].mean():.1%}" for c, name in enumerate(data.classes)))
-        stds = [looks(fake[y == c]).std(0) / looks(real[real_y == c]).std(0) for c in range(10)]
-        colour, place, size = (part.amin() for part in torch.stack(stds).split((3, 2, 1), 1))
-        print(f"  spread over real images', least of the classes: {colour=:.2f} {place=:.2f} {size=:.2f}")
-        for name, x in (("samples", fake.flatten(1)), ("held-out images", real[:num].flatten(1))):
-            near = parts(lambda i: squared_distances(data.render(i)[0].flatten(1) / 255, x).amin(0)[None],
-                         torch.arange(len(data))).amin(0).div(x.shape[1]).sqrt()
-            print(f"  RMS distance of {name} to the nearest of {len(data)} training images: median"
-                  f" {near.median():.4f}, first percentile {near.quantile(0.01):.4f}", flush=True)
+    fake = parts(lambda labels, i: generate(model, rae, labels, mix(0, 0, i), model.alpha, dtype="bf16"), y, index)
+    hits, reference = right(fake, y), moments(pooled(rae)(real))
+    fd, fd_real = (frechet_distance(*moments(pooled(rae)(x)), *reference) for x in (fake, train))
+    print(f"{hits.mean():.2%} of {num} samples recognised, FD {fd:.3f} (real images {fd_real:.3f});",
+          ", ".join(f"{name} {hits[y == c].mean():.1%}" for c, name in enumerate(data.classes)))
+    stds = [looks(fake[y == c]).std(0) / looks(real[real_y == c]).std(0) for c in range(10)]
+    colour, place, size = (part.amin() for part in torch.stack(stds).split((3, 2, 1), 1))
+    print(f"spread over real images', least of the classes: {colour=:.2f} {place=:.2f} {size=:.2f}")
+    for name, x in (("samples", fake.flatten(1)), ("held-out images", real[:num].flatten(1))):
+        near = parts(lambda i: squared_distances(data.render(i)[0].flatten(1) / 255, x).amin(0)[None],
+                     torch.arange(len(data))).amin(0).div(x.shape[1]).sqrt()
+        print(f"RMS distance of {name} to the nearest of {len(data)} training images: median"
+              f" {near.median():.4f}, first percentile {near.quantile(0.01):.4f}", flush=True)
 
 
 if __name__ == "__main__":

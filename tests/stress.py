@@ -174,7 +174,7 @@ def main():
             for name, part in parts.items():
                 try:
                     for sentence in part:
-                        said[sentence.split(":")[0] if name == "nodes" else sentence.split(" ")[1]] = sentence
+                        said["kills" if " kills (" in sentence else sentence] = sentence
                         bar.set_postfix_str(sentence)
                         bar.update()
                 except (AssertionError, subprocess.TimeoutExpired) as error:
