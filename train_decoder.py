@@ -325,12 +325,12 @@ def main():
     sums = torch.zeros(8, device=device)             # for the log, on the device; last: steps lost in a row
     while step < total and not stop:
         disc_on, gan_on = (gan and step >= start * epoch for start in (args.disc_start, args.gan_start))
-        micros = [next(loader) for _ in range(args.accum)]
+        loaded = (next(loader) for _ in range(args.accum))
+        micros = [(images, rae.encode(images), keys) for images, _, keys in loaded]          # z: (B, N, D)
 
         # ---- generator -------------------------------------------------------------------------------------
-        for i, (images, _, keys) in enumerate(micros):
+        for i, (images, z, keys) in enumerate(micros):
             with ddp.no_sync() if i < args.accum - 1 else nullcontext():
-                z = rae.encode(images)                                        # (B, N, D)
                 noisy = noise_augment(z, rae.std, keys, args.tau, args.noise)
                 with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
                     copies = rae.decode(noisy, ddp)                           # (B, 3, H, W)
@@ -364,10 +364,9 @@ def main():
         # ---- discriminator ---------------------------------------------------------------------------------
         if disc_on:
             disc.train()
-            for i, (images, _, keys) in enumerate(micros):
+            for i, (images, z, keys) in enumerate(micros):
                 with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
                     with torch.no_grad():
-                        z = rae.encode(images)
                         if args.disc_input == "noisy":
                             z = noise_augment(z, rae.std, mix(keys, 4), args.tau, args.noise)
                         fakes = (rae.decode(z).clamp(0, 1) * 255).round() / 255   # as the 8-bit file would be

@@ -381,7 +381,8 @@ def main():
     alpha = 1 if args.no_shift else shift_alpha(rae.num_tokens, n, args.shift_base)
     if width < n:
         say(f"WARNING: the output has at most rank {width} of {n} token dimensions. Theorem 1: the loss"
-            f" cannot fall below {1 - width / n:.3f}. Raise --{'head' if args.head else 'width'} to {n}.")
+            f" cannot fall below {1 - width / n:.3f} at any depth."
+            f" Raise --{'head' if args.head else 'width'} to {n}.")
     data = args.data or ("shapes" if tiny else "data/imagenet")
     dataset, held_out = open_data(data, rae.image_size), open_val(args.val, data, rae.image_size)
     if held_out and held_out.classes != dataset.classes:
