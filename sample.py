@@ -116,7 +116,7 @@ def parse_args():
     add("--npz", help="write this .npz for fid.py: class-balanced, shuffled, uint8 arr_0 (N,H,W,3)")
     add("--out", default="samples.png", help="the grid's file: a column per class")
     add("--steps", type=at_least(1), default=50, help="Euler steps = evaluations of the model")
-    add("--scale", type=float, help="guidance scale (default: 1, with --guide 1.42, for releases the paper's)")
+    add("--scale", type=float, help="guidance (default: 1, none; with --guide 1.42; a release's own)")
     add("--guide", help="AutoGuidance by this model: run folder, dit.pt, release:NAME (else classifier-free)")
     add("--interval", type=float, nargs=2, default=(0, 1), metavar=("LO", "HI"), help="guide at these times")
     add("--best-of", type=at_least(1), default=1, help="latents for each image; a linear probe picks one")

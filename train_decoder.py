@@ -178,6 +178,7 @@ def parse_args():
     add("--data", default=None, help="image folder or `shapes` (default: shapes for tiny, or data/imagenet)")
     add("--val", default=None, help="held-out images, not trained on (default: DATA/val or held-out shapes)")
     add("--init", default=None, help="start from this decoder: rae.pt, a released file or release:NAME")
+    add("--weights", default=None, help="folder with the released files, in place of the hub")
     # autoencoder
     add("--image-size", type=at_least(1), help="side of the images the encoder sees")
     add("--upsample", type=at_least(1), default=1, help="decode at so many times that side, same tokens")
@@ -221,7 +222,7 @@ def main():
         with torch.device("meta"):
             rae = RAE(args.encoder, args.decoder, args.image_size, args.upsample, False)
             z = torch.empty(1, rae.num_tokens, rae.token_dim)
-            return describe(f"decoder {args.decoder}", rae.decoder, z)
+            return rank or describe(f"decoder {args.decoder}", rae.decoder, z)
 
     # What can be wrong or must be downloaded comes first: sizes, data, an earlier start, loss networks
     torch.manual_seed(args.seed)
@@ -240,7 +241,8 @@ def main():
     if saved and step >= total:
         return say(f"{run}/rae.pt is at step {step} of {total}: finished; more --epochs or --steps extend it")
     kept = bool(saved and saved["encoder"])
-    rae.load_encoder(saved["encoder"] if kept else args.encoder_weights)
+    weights = saved["encoder"] if kept else args.encoder_weights
+    rae.load_encoder(weights, "--encoder-weights PATH", args.weights)
     rae.to(device)
     if args.encoder_weights == "random":
         say("WARNING: random encoder weights: good for tests and timings, useless for anything else")
@@ -252,8 +254,8 @@ def main():
 
     # Decoder, weight average, optimisers
     decoder, last = rae.decoder, rae.decoder.predict.weight
-    if args.init:
-        other = load_rae(args.init, encoder=args.encoder, decode_only=True)
+    if args.init and not saved:
+        other = load_rae(args.init, encoder=args.encoder, decode_only=True, weights=args.weights)
         load_strict(decoder, other.decoder.state_dict(), f"--init {args.init}")
     ema = ModelEmaV3(decoder, decay=args.ema)
     adamw = partial(torch.optim.AdamW, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -313,11 +315,12 @@ def main():
         progress = min(max((at - warmup) / max(length - warmup, 1), 0), 1)
         return args.lr * min(1, (at + 1) / max(warmup, 1)) * (0.55 + 0.45 * math.cos(math.pi * progress))
 
-    shape = (args.batch // (world * args.accum), rae.num_tokens, rae.token_dim)
-    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):      # first backwards, by which
-        ddp(torch.zeros(shape, device=device)).sum().backward()      # DDP orders its buckets: resuming is exact
+    # DDP orders its buckets by the first backward: done here, so that resuming is exact
+    micro = args.batch // (world * args.accum)
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
+        ddp(torch.zeros(micro, rae.num_tokens, rae.token_dim, device=device)).sum().backward()
         if gan:
-            ddp_disc.eval()(torch.zeros(2 * shape[0], 3, size, size, device=device)).sum().backward()
+            ddp_disc.eval()(torch.zeros(2 * micro, 3, size, size, device=device)).sum().backward()
             disc_optimizer.zero_grad(set_to_none=True)
     optimizer.zero_grad(set_to_none=True)
 

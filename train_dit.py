@@ -358,7 +358,8 @@ def main():
     # The autoencoder, the settings that follow from it, the data
     path = args.rae or (Path(args.run, "rae.pt") if args.run else newest("rae.pt"))
     if not args.rae and args.run and not Path(path).exists() and not args.encoder:
-        raise UserError(f"{args.run} holds no rae.pt: train_decoder.py --run {args.run} makes it; --rae names one")
+        raise UserError(f"{args.run} holds no rae.pt: train_decoder.py --run {args.run} makes it, --rae names"
+                        " another")
     if args.describe and args.encoder:
         rae = RAE(args.encoder, "tiny", ENCODERS[args.encoder].image, encoder_weights=False)
     else:
@@ -375,7 +376,7 @@ def main():
     with torch.device("meta"):
         one_image = torch.empty(1, rae.num_tokens, rae.token_dim), torch.empty(1), torch.empty(1).long()
         if args.describe:
-            return describe(f"DiT {config}", DiT(**config), *one_image)
+            return rank or describe(f"DiT {config}", DiT(**config), *one_image)
         image_flops = 3 * count_flops(DiT(**config), *one_image)[0] + rae.encoder_flops()  # with backward
     width, n = args.head or args.width, rae.token_dim
     alpha = 1 if args.no_shift else shift_alpha(rae.num_tokens, n, args.shift_base)
@@ -390,23 +391,24 @@ def main():
     config["num_classes"] = len(dataset.classes)
     if args.batch % (world * args.accum):
         raise UserError(f"--batch {args.batch} does not divide over {world} ranks x {args.accum} --accum")
+    origin = path if str(path).startswith("release:") else Path(path).resolve()
     elsewhere = args.rae or ROOT / "assets" in Path(path).parents          # not the folder of the autoencoder
     run = Path(args.run or (f"out/{rae.name}" if elsewhere else Path(path).parent))
     epoch = len(dataset) / args.batch                                         # optimiser steps in an epoch
     total = min(math.ceil(args.epochs * epoch), args.steps or math.inf)
 
     # Model, optimiser, weight average, and where an earlier start of this run left them
-    torch.manual_seed(args.seed)
-    model = DiT(**config).to(device)
-    if args.init:
-        load_strict(model, load_dit(args.init, weights=args.weights).state_dict(), f"--init {args.init}")
-    clip = args.clip if args.clip is not None else 1.0 if args.head else 0
-    ema = ModelEmaV3(model, decay=args.ema if args.ema is not None else 0.9995 if args.head else 0.9999)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.95), weight_decay=0.0, fused=True)
     fixed = dict(config, stage=2, seed=args.seed, batch=args.batch, data=data, images=len(dataset),
                  alpha=alpha, time=args.time, label_dropout=args.label_dropout,
                  latents=f"{rae.name} {rae.var.double().mean():.6f}")        # tells autoencoders apart
     saved, step = resume(run / "dit.pt", fixed)
+    torch.manual_seed(args.seed)
+    model = DiT(**config).to(device)
+    if args.init and not saved:
+        load_strict(model, load_dit(args.init, weights=args.weights).state_dict(), f"--init {args.init}")
+    clip = args.clip if args.clip is not None else 1.0 if args.head else 0
+    ema = ModelEmaV3(model, decay=args.ema if args.ema is not None else 0.9995 if args.head else 0.9999)
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.95), weight_decay=0.0, fused=True)
     if saved:
         load_strict(model, saved["model"], "model"), load_strict(ema.module, saved["ema"], "ema")
         optimizer.load_state_dict(saved["optimizer"])
@@ -430,7 +432,7 @@ def main():
         written = save_checkpoint(
             run / "dit.pt", config=config, fixed=fixed, step=step, alpha=alpha,
             classes=dataset.classes if args.label_dropout < 1 else [],
-            rae=None if Path(path) == run / "rae.pt" else str(path), model=model.state_dict(),
+            rae=None if Path(path) == run / "rae.pt" else str(origin), model=model.state_dict(),
             ema=ema.module.state_dict(), optimizer=optimizer.state_dict())
         if step >= args.save_every:
             from sample import generate
@@ -441,9 +443,11 @@ def main():
             save_picture(images, run / f"samples/{step:07d}.png", nrow=10)
         return written
 
-    size = args.batch // (world * args.accum)               # a first backward, by which DDP orders its buckets,
-    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):      # so that resuming is exact
-        ddp(*(torch.zeros(size, *x.shape[1:], dtype=x.dtype, device=device) for x in one_image)).sum().backward()
+    # DDP orders its buckets by the first backward: done here, so that resuming is exact
+    micro = args.batch // (world * args.accum)
+    zeros = [torch.zeros(micro, *x.shape[1:], dtype=x.dtype, device=device) for x in one_image]
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
+        ddp(*zeros).sum().backward()
     optimizer.zero_grad(set_to_none=True)
 
     # The loop, in optimiser steps

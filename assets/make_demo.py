@@ -127,7 +127,8 @@ def check(run, num):
     copies = parts(lambda images: rae.decode(rae.encode(images)).clamp(0, 1), real)
     print(f"{len(real)} held-out images: judge {right(real, real_y).mean():.2%}; their reconstructions:"
           f" judge {right(copies, real_y).mean():.2%}, PSNR {psnr(real, copies).mean():.2f} dB", flush=True)
-    fake = parts(lambda labels, i: generate(model, rae, labels, mix(0, 0, i), model.alpha, dtype="bf16"), y, index)
+    draw = lambda labels, i: generate(model, rae, labels, mix(0, 0, i), model.alpha, dtype="bf16")
+    fake = parts(draw, y, index)
     hits, reference = right(fake, y), moments(pooled(rae)(real))
     fd, fd_real = (frechet_distance(*moments(pooled(rae)(x)), *reference) for x in (fake, train))
     print(f"{hits.mean():.2%} of {num} samples recognised, FD {fd:.3f} (real images {fd_real:.3f});",

@@ -1,6 +1,5 @@
 """Stage 1's losses, noise and discriminator, each against its formula, and the adversarial step on two ranks."""
 import math
-import sys
 
 import pytest
 import torch

@@ -188,7 +188,7 @@ def run(job):
         y = torch.randint(K, (B,))
         return torch.randn(B, 1, N) * S.sqrt() if len(s) else x[y], y
     if job["steps"]:
-        train(model, draw, job["steps"], 5e-3, 128 if net == "DiT" else 256)
+        train(model, draw, job["steps"], *((1e-2, 128) if net == "DiT" else (5e-3, 256)))
     low = (exact(s, d) if len(s) else theorem(spectrum(x), head or d)) / N
     found = measure(model.eval(), draw, 1 << 14 if net == "DiT" else 1 << 16)
     return job | found | {"low": low, "cpu_seconds": round(time.process_time() - began, 1)}
