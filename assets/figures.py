@@ -2,7 +2,7 @@
 
     python assets/figures.py quickstart    # pictures and curves of the README's quickstart, after running it
     python assets/figures.py stage1        # noise, GAN, learning rate, LPIPS: trains 8 decoders
-    python assets/figures.py stage2        # width, head, shift: trains 7 DiTs; then tau
+    python assets/figures.py stage2        # width, head, shift: trains 6 DiTs; then tau
     python assets/figures.py guidance      # the bundled demo under guidance, and best of N
 
 An ablation's rows are one command with one flag changed; its runs stay under out/ablations, so that a second
@@ -35,7 +35,6 @@ STAGE2 = {  # name: flags; 1 epoch each
     "64 x 4, no head: below the 96 channels of a token": "--width 64 --depth 4 --heads 4 --head 0",
     "96 x 4, no head: at it": "--width 96 --depth 4 --heads 6 --head 0",
     "64 x 4 + head 256 x 2": "--width 64 --depth 4 --heads 4",
-    "192 x 4 + head 64 x 2: head below it": "--head 64 --head-heads 4",
     "no shift": "--no-shift"}
 
 

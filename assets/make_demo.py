@@ -1,7 +1,7 @@
 """Makes the bundled demo from nothing, and judges it: `tiny`, its decoder, a DiT^DH and a weak one.
 
-    python assets/make_demo.py                      # everything, about 40 minutes on 2 cores
-    python assets/make_demo.py --check              # the bundled demo's figures, about 5 minutes
+    python assets/make_demo.py                      # everything, 65 minutes of one core
+    python assets/make_demo.py --check              # the bundled demo's figures, some minutes
     python assets/make_demo.py --check out/tiny     # those of any run on shapes
 
 Writes assets/tiny.pt and assets/demo/{rae,dit,weak}.pt: averaged weights only, in half precision. `tiny` is
