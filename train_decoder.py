@@ -102,7 +102,7 @@ class Discriminator(nn.Module):
         spec = ENCODERS[name]
         self.side, self.vit = spec.input, build_encoder(name, spec.image, weights, "--disc-weights PATH")
         for block in self.vit.blocks:
-            block.attn.fused_attn = torch.cuda.is_available()        # slower than plain attention in bf16 on CPUs
+            block.attn.fused_attn = torch.cuda.is_available()     # slow in bf16 on CPUs
         depth = len(self.vit.blocks)
         self.layers = [depth * i // 4 - 1 for i in range(1, 5)]               # 12 blocks: 2, 5, 8, 11
         self.heads = nn.ModuleList(DiscriminatorHead(spec.dim) for _ in range(5))

@@ -139,8 +139,9 @@ def guidance(num=2000):
             fd, row, _ = score(model, scale=scale, **options)
             found.setdefault(name, []).append((scale, fd))
             print(f"| {name} | {scale} | {row}", flush=True)
-    for name, net, options in (("none, best of 4", model, dict(probe=probe, best_of=4)), ("the weak model alone", weak, {}),
-                               ("the weak model, best of 4", weak, dict(probe=probe, best_of=4))):
+    best = dict(probe=probe, best_of=4)
+    for name, net, options in (("none, best of 4", model, best), ("the weak model alone", weak, {}),
+                               ("the weak model, best of 4", weak, best)):
         print(f"| {name} | 1 | {score(net, **options)[1]}", flush=True)
     figure, axes = curves().subplots(figsize=(5, 3.2), layout="constrained")
     for name, points in found.items():

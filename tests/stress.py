@@ -1,6 +1,6 @@
 """The long tests: equivalence on three ranks, thirty kills, two nodes. Not run by pytest.
 
-    python tests/stress.py               # all of it, about 15 minutes on two cores
+    python tests/stress.py               # all of it, about 13 minutes on two busy cores
     python tests/stress.py --kills 6     # fewer kills
 
 Runs the real scripts on small data in a temporary folder, on CPU, and ends with one line of figures and exit
@@ -174,7 +174,7 @@ def main():
             for name, part in parts.items():
                 try:
                     for sentence in part:
-                        said["kills" if " kills (" in sentence else sentence] = sentence
+                        said[next((key for key in (" kills (", " ranks:") if key in sentence), sentence)] = sentence
                         bar.set_postfix_str(sentence)
                         bar.update()
                 except (AssertionError, subprocess.TimeoutExpired) as error:
