@@ -29,7 +29,7 @@ STAGE1 = {  # name: flags; 1 epoch each
     "GAN on": "--gan-weight 0.75 --disc-start 0.25 --gan-start 0.5",
     "learning rate / 3": "--lr 1e-3", "learning rate x 2": "--lr 6e-3",
     "LPIPS, random VGG (mechanics only), 0.05 epochs": "--epochs 0.05 --lpips-weight 1 --lpips-vgg random"}
-STAGE2 = {  # name: flags; 0.75 epochs each
+STAGE2 = {  # name: flags; 1.5 epochs each
     "192 x 4 + head 256 x 2 (recipe)": "",
     "192 x 8, no head, about the same size": "--depth 8 --head 0",
     "64 x 4, no head: below the 96 channels of a token": "--width 64 --depth 4 --heads 4 --head 0",
@@ -111,7 +111,7 @@ class Score:
 
 
 def stage2(num=1000):
-    recipe = "--rae assets/demo/rae.pt --epochs 0.75 --decay-end 0.75 --ema 0.99"
+    recipe = "--rae assets/demo/rae.pt --epochs 1.5 --decay-end 1.5 --ema 0.995"
     runs = {name: run(name, "train_dit.py", *recipe.split(), *flags.split()) for name, flags in STAGE2.items()}
     score, pictures = Score(num), []
     print(f"| model | parameters | {Score.columns}\n|---|---|---|---|---|---|---|")
