@@ -298,8 +298,9 @@ def main():
             f"; {int(broken.sum())} of {len(dataset)} images cannot be decoded" if broken.any() else ""))
         save()
     del saved
-    pictures = [(held_out or still)[i, i][0] for i in range(min(10, len(dataset)))]
-    pictures = torch.stack(pictures).to(device).float() / 255                 # (10, 3, H, W)
+    shown, n = held_out or still, min(10, len(held_out or still))
+    places = [i * len(shown) // n + i % (len(shown) // n) for i in range(n)]  # far apart: of all classes
+    pictures = torch.stack([shown[i, i][0] for i in places]).to(device).float() / 255        # (10, 3, H, W)
 
     dtype = args.dtype or best_dtype(device)
     order = Order(len(dataset), args.batch, args.accum, args.seed, step, rank, world)

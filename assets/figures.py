@@ -1,8 +1,9 @@
 """The README's tables and pictures: the quickstart, the paper's ablations in small, guidance; all on shapes.
 
     python assets/figures.py quickstart    # pictures and curves of the README's quickstart, after running it
+    python assets/figures.py cifar10       # pictures of the README's CIFAR-10 run, after it
     python assets/figures.py stage1        # noise, GAN, learning rate, LPIPS: trains 8 decoders
-    python assets/figures.py stage2        # width, head, shift: trains 6 DiTs; then tau
+    python assets/figures.py stage2        # width, head, shift: trains 9 DiTs; then tau, after stage1
     python assets/figures.py guidance      # the bundled demo under guidance, and best of N
 
 An ablation's rows are one command with one flag changed; its runs stay under out/ablations, so that a second
@@ -29,20 +30,25 @@ STAGE1 = {  # name: flags; 1 epoch each
     "GAN on": "--gan-weight 0.75 --disc-start 0.25 --gan-start 0.5",
     "learning rate / 3": "--lr 1e-3", "learning rate x 2": "--lr 6e-3",
     "LPIPS, random VGG (mechanics only), 0.05 epochs": "--epochs 0.05 --lpips-weight 1 --lpips-vgg random"}
-STAGE2 = {  # name: flags; 1.5 epochs each
-    "192 x 4 + head 256 x 2 (recipe)": "",
+STAGE2 = {  # name: flags; each is the quickstart's second stage
+    "192 x 4 + head 256 x 2 (recipe)": "", "recipe, seed 1": "--seed 1",
     "192 x 8, no head, about the same size": "--depth 8 --head 0",
     "64 x 4, no head: below the 96 channels of a token": "--width 64 --depth 4 --heads 4 --head 0",
     "96 x 4, no head: at it": "--width 96 --depth 4 --heads 6 --head 0",
     "64 x 4 + head 256 x 2": "--width 64 --depth 4 --heads 4",
-    "no shift": "--no-shift"}
+    "recipe, no shift (alpha 1)": "--no-shift",
+    "recipe, the paper's base (alpha 0.61)": "--shift-base 4096",
+    "recipe, t uniform before the shift": "--time uniform"}
+
+
+def folder_of(name):
+    return OUT / "".join(c if c.isalnum() else "_" for c in name)
 
 
 def run(name, *command):
     """Train under out/ablations/NAME, unless that has been done; the folder."""
-    folder = OUT / "".join(c if c.isalnum() else "_" for c in name)
-    subprocess.run([sys.executable, *command, "--run", folder], cwd=ROOT, check=True)
-    return folder
+    subprocess.run([sys.executable, *command, "--run", folder_of(name)], cwd=ROOT, check=True)
+    return folder_of(name)
 
 
 def curves():
@@ -54,12 +60,17 @@ def curves():
     return plt
 
 
-def quickstart(folder=ROOT / "out/tiny"):
-    """What one sees on the way: reconstructions, then samples, and the losses of both stages."""
-    names = "decoder_0000500", "decoder_0002344", "0000500", "0001563"
+def stack(folder, *names):
+    """Pictures that training left in a run's folder, one above the other: (3, H, W) in [0, 1]."""
     rows = [read_image(str(folder / f"samples/{name}.png")).float() / 255 for name in names]
     gap = torch.ones(3, 6, rows[0].shape[2])
-    save_image(torch.cat([x for row in rows for x in (row, gap)][:-1], 1), ROOT / "assets/quickstart.png")
+    return torch.cat([x for row in rows for x in (row, gap)][:-1], 1)
+
+
+def quickstart(folder=ROOT / "out/tiny"):
+    """What one sees on the way: reconstructions, then samples, and the losses of both stages."""
+    save_image(stack(folder, "decoder_0000500", "decoder_0002344", "0000500", "0001000", "0002344"),
+               ROOT / "assets/quickstart.png")
     figure, axes = curves().subplots(1, 2, figsize=(7, 2.4), layout="constrained")
     lines = [json.loads(line) for line in open(folder / "log.jsonl")]
     for stage, title, axis in zip((1, 2), ("stage 1, L1", "stage 2, flow matching"), axes):
@@ -67,6 +78,12 @@ def quickstart(folder=ROOT / "out/tiny"):
         axis.set(xlabel="step", title=title, yscale="log")
         axis.grid(alpha=0.3, which="both")
     figure.savefig(ROOT / "assets/quickstart_loss.png", dpi=90)
+
+
+def cifar10(folder=ROOT / "out/cifar10"):
+    *_, decoder = sorted(path.stem for path in folder.glob("samples/decoder_*"))
+    *_, last = sorted(path.stem for path in folder.glob("samples/0*"))
+    save_image(stack(folder, decoder, last), ROOT / "assets/cifar10.png")
 
 
 def stage1():
@@ -111,18 +128,18 @@ class Score:
 
 
 def stage2(num=1000):
-    recipe = "--rae assets/demo/rae.pt --epochs 1.5 --decay-end 1.5 --ema 0.995"
-    runs = {name: run(name, "train_dit.py", *recipe.split(), *flags.split()) for name, flags in STAGE2.items()}
+    runs = {name: run(name, "train_dit.py", "--rae", "assets/demo/rae.pt", *flags.split())
+            for name, flags in STAGE2.items()}
     score, pictures = Score(num), []
     print(f"| model | parameters | {Score.columns}\n|---|---|---|---|---|---|---|")
     for name, folder in runs.items():
         _, row, fake = score(model := load_dit(folder))
         pictures.append(fake[:20])
         print(f"| {name} | {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M | {row}", flush=True)
-    model = load_dit(runs[list(STAGE2)[0]])                                # tau: other decoders, the same DiT
-    for name in list(STAGE1)[1:4]:
-        folder = OUT / "".join(c if c.isalnum() else "_" for c in name)
-        print(f"| recipe, decoder of {name}, 1 epoch | | {score(model, load_rae(folder))[1]}", flush=True)
+    for what, dit in ("recipe", runs[list(STAGE2)[0]]), ("weak", ROOT / "assets/demo/weak.pt"):
+        for name in list(STAGE1)[:4]:                                      # tau: the same DiT, other decoders
+            _, row, _ = score(load_dit(dit), load_rae(folder_of(name)))
+            print(f"| {what}, decoder of stage 1, {name} | | {row}", flush=True)
     save_image(torch.cat(pictures), ROOT / "assets/ablations.png", nrow=20)
 
 
@@ -153,7 +170,7 @@ def guidance(num=2000):
 
 
 if __name__ == "__main__":
-    known = dict(quickstart=quickstart, stage1=stage1, stage2=stage2, guidance=guidance)
+    known = dict(quickstart=quickstart, cifar10=cifar10, stage1=stage1, stage2=stage2, guidance=guidance)
     if len(sys.argv) != 2 or sys.argv[1] not in known:
         sys.exit(__doc__)
     start(), torch.manual_seed(0)

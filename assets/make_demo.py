@@ -26,9 +26,9 @@ from sample import generate                                                     
 from train_dit import load_dit                                                                   # noqa: E402
 
 COMMANDS = ["train_decoder.py --encoder tiny --run out/demo --epochs 5",
-            "train_dit.py --run out/demo --epochs 14 --decay-end 14 --ema 0.998",
+            "train_dit.py --run out/demo --batch 128 --epochs 14 --decay-end 14 --ema 0.998",
             "train_dit.py --rae out/demo/rae.pt --run out/weak --width 96 --depth 3 --heads 3 --head 96"
-            " --head-heads 3 --epochs 3 --decay-end 3"]
+            " --head-heads 3 --batch 128 --ema 0.995"]
 
 
 def optimize(parameters, steps, lr):
