@@ -374,6 +374,7 @@ def parse_args():
     add("--lpips-vgg", metavar="PATH", help="VGG16's weights for LPIPS, or `random` (default: downloaded)")
     add("--rae", metavar="RUN", help="judge reconstructions of --data by a run folder, rae.pt or release:X\n"
         "against the originals, or against statistics in GENERATED's place")
+    add("--weights", metavar="DIR", help="folder with the released files for --rae, in place of the hub")
     add("--data", metavar="VAL", help="class folders of held-out images, or `shapes`; --probe: train/, val/")
     add("--probe", action="store_true", help="top-1 of a linear probe on the tokens of --rae or --features")
     add("--num", type=at_least(2), help="judge a fixed random choice of so many images (default: all)")
@@ -389,7 +390,7 @@ def parse_args():
 
 def probe(args, device):
     """Table 1d: top-1 of a linear classifier on the encoder's mean-pooled tokens."""
-    rae = load_rae(args.rae, device) if args.rae else bare_encoder(args, device)
+    rae = load_rae(args.rae, device, weights=args.weights) if args.rae else bare_encoder(args, device)
     size = rae.image_size * rae.upsample
     train, test = open_data(args.data, size), open_val(None, args.data, size)
     if test is None or train.classes != test.classes:
@@ -406,7 +407,8 @@ def probe(args, device):
 def judge(args, device):
     """Everything else: GENERATED, or the reconstructions of --rae, against a reference."""
     # What is judged, and by what. Whatever is wrong with it is found out before the long work.
-    inception, rae = args.features == "inception", load_rae(args.rae, device) if args.rae else None
+    inception = args.features == "inception"
+    rae = load_rae(args.rae, device, weights=args.weights) if args.rae else None
     dim = 2048 if inception else ENCODERS[args.features].dim
     path, against = (args.data, args.generated) if rae else (args.generated, args.reference)
     data, own = (open_val(path, None, rae.image_size * rae.upsample), {}) if rae else open_source(path)

@@ -273,9 +273,16 @@ def batches(dataset, order, workers, device):
         yield images.to(device, non_blocking=True).float() / 255, labels.to(device, non_blocking=True), keys
 
 
+def spread(length, most=None):
+    """At most so many places all over a data set, whether its classes follow each other or take turns."""
+    count = min(length, most or length)
+    return [i * length // count + i % (length // count) for i in range(count)]
+
+
 def in_order(dataset, batch, device, rank=0, world=1, workers=None, most=None):
-    """Each image once (the first `most`), ranks taking turns: (images, labels, indices), no broken files."""
-    items = [(i, i) for i in range(rank, min(len(dataset), most or len(dataset)), world)]
+    """Each image once, or `most` of them, spread: (images, labels, their numbers from 0 on), ranks taking
+    turns, without broken files."""
+    items = [(place, i) for i, place in enumerate(spread(len(dataset), most))][rank::world]
     order = [items[i:i + batch] for i in range(0, len(items), batch)]
     loader = DataLoader(dataset, batch_sampler=order, num_workers=worker_count(dataset, workers))
     for images, labels, indices in loader:

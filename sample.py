@@ -110,6 +110,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--run", help="run folder, dit.pt or release:NAME (default: newest in out/, else the bundled demo)")
+    add("--rae", help="autoencoder that decodes: run folder, rae.pt or release:NAME (default: the model's)")
     add("--weights", help="folder with the released files, in place of the hub")
     add("--classes", nargs="+", help="names or indices; `none`: unconditional (default: all, of many ten)")
     add("--num", type=at_least(1), help="images in all (default: 8 per class; with --npz 50000)")
@@ -132,6 +133,7 @@ def main():
     device, rank, world = start()
     run = str(args.run or newest("dit.pt"))
     model = load_dit(run, device, weights=args.weights)
+    model.rae = args.rae or model.rae
     rae = load_rae(model.rae, device, decode_only=args.best_of == 1, weights=args.weights)
     guide, scale = args.guide, 1.42 if args.guide else 1.0
     if run.removeprefix("release:") in RELEASED and args.scale is None and not guide:          # the paper's

@@ -27,7 +27,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from rae import (DECODERS, ENCODERS, LOST, RAE, Order, UserError, at_least, batches, best_dtype,
                  build_encoder, count_flops, describe, in_order, load_rae, load_strict, log, mix, normals,
-                 open_data, open_val, resume, save_checkpoint, save_picture, start, stop_signal)
+                 open_data, open_val, resume, save_checkpoint, save_picture, spread, start,
+                 stop_signal)
 
 
 # Latent statistics and noise
@@ -298,9 +299,9 @@ def main():
             f"; {int(broken.sum())} of {len(dataset)} images cannot be decoded" if broken.any() else ""))
         save()
     del saved
-    shown, n = held_out or still, min(10, len(held_out or still))
-    places = [i * len(shown) // n + i % (len(shown) // n) for i in range(n)]  # far apart: of all classes
-    pictures = torch.stack([shown[i, i][0] for i in places]).to(device).float() / 255        # (10, 3, H, W)
+    shown = held_out or still
+    pictures = torch.stack([shown[i, i][0] for i in spread(len(shown), 10)])
+    pictures = pictures.to(device).float() / 255                              # (10, 3, H, W)
 
     dtype = args.dtype or best_dtype(device)
     order = Order(len(dataset), args.batch, args.accum, args.seed, step, rank, world)

@@ -356,6 +356,9 @@ def main():
     say = print if rank == 0 else lambda *_: None
 
     # The autoencoder, the settings that follow from it, the data
+    if args.encoder and not args.describe:
+        raise UserError("--encoder goes with --describe: stage 2 takes the encoder of its autoencoder, which"
+                        " --run or --rae names")
     path = args.rae or (Path(args.run, "rae.pt") if args.run else newest("rae.pt"))
     if not args.rae and args.run and not Path(path).exists() and not args.encoder:
         raise UserError(f"{args.run} holds no rae.pt: train_decoder.py --run {args.run} makes it, --rae names"

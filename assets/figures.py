@@ -20,7 +20,7 @@ from torchvision.io import read_image
 from torchvision.utils import save_image
 
 from fid import frechet_distance, moments, precision_recall
-from rae import Shapes, load_rae, mix, start
+from rae import Shapes, best_dtype, load_rae, mix, start
 from sample import fit_to, generate
 from train_dit import load_dit
 
@@ -117,7 +117,8 @@ class Score:
                     seen[name] += len(inputs[0])
                 module._forward_pre_hooks.clear()
                 module.register_forward_pre_hook(count)
-        draw = lambda y, i: generate(model, rae, y, mix(0, 0, i), model.alpha, 25, dtype="bf16", **options)
+        options |= dict(dtype=best_dtype(self.y.device))
+        draw = lambda y, i: generate(model, rae, y, mix(0, 0, i), model.alpha, 25, **options)
         fake = parts(draw, self.y, torch.arange(len(self.y)))
         features = pooled(self.rae)(fake)
         hits = (parts(self.judge, fake).argmax(1) == self.y).double().mean().item()
@@ -144,6 +145,7 @@ def stage2(num=1000):
 
 
 def guidance(num=2000):
+    plt = curves()
     model, weak, score = load_dit(ROOT / "assets/demo"), load_dit(ROOT / "assets/demo/weak.pt"), Score(num)
     probe = fit_to(score.rae, "shapes", [0], torch.device("cpu"))
     ways = {"none": ([1], {}), "classifier-free": ([1.5, 2, 3], {}),
@@ -160,7 +162,7 @@ def guidance(num=2000):
     for name, net, options in (("none, best of 4", model, best), ("the weak model alone", weak, {}),
                                ("the weak model, best of 4", weak, best)):
         print(f"| {name} | 1 | {score(net, **options)[1]}", flush=True)
-    figure, axes = curves().subplots(figsize=(5, 3.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
     for name, points in found.items():
         if name != "none":                                                    # all start from scale 1
             axes.plot(*zip(*found["none"], *points), "o-", label=name)

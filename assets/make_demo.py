@@ -21,14 +21,15 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from fid import frechet_distance, linear_probe, moments, psnr, squared_distances                 # noqa: E402
-from rae import Shapes, build_encoder, load_rae, mix, patchify, read_weights, save_checkpoint    # noqa: E402
+from rae import (Shapes, best_dtype, build_encoder, load_rae, mix, patchify, read_weights,       # noqa: E402
+                 save_checkpoint)
 from sample import generate                                                                      # noqa: E402
 from train_dit import load_dit                                                                   # noqa: E402
 
 COMMANDS = ["train_decoder.py --encoder tiny --run out/demo --epochs 5",
-            "train_dit.py --run out/demo --batch 128 --epochs 14 --decay-end 14 --ema 0.998",
             "train_dit.py --rae out/demo/rae.pt --run out/weak --width 96 --depth 3 --heads 3 --head 96"
-            " --head-heads 3 --batch 128 --ema 0.995"]
+            " --head-heads 3 --batch 128 --ema 0.995",
+            "train_dit.py --run out/demo --batch 128 --epochs 14 --decay-end 14 --ema 0.998"]
 
 
 def optimize(parameters, steps, lr):
@@ -127,7 +128,8 @@ def check(run, num):
     copies = parts(lambda images: rae.decode(rae.encode(images)).clamp(0, 1), real)
     print(f"{len(real)} held-out images: judge {right(real, real_y).mean():.2%}; their reconstructions:"
           f" judge {right(copies, real_y).mean():.2%}, PSNR {psnr(real, copies).mean():.2f} dB", flush=True)
-    draw = lambda labels, i: generate(model, rae, labels, mix(0, 0, i), model.alpha, dtype="bf16")
+    dtype = best_dtype(index.device)
+    draw = lambda labels, i: generate(model, rae, labels, mix(0, 0, i), model.alpha, dtype=dtype)
     fake = parts(draw, y, index)
     hits, reference = right(fake, y), moments(pooled(rae)(real))
     fd, fd_real = (frechet_distance(*moments(pooled(rae)(x)), *reference) for x in (fake, train))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from rae import (ENCODERS, RAE, Decoder, Folder, Order, Shapes, batches, center_crop, in_order, load_rae, mix, normals,
-                 open_data, open_val, patchify, read_weights, save_checkpoint, sincos_2d, unpatchify)
+                 open_data, open_val, patchify, read_weights, save_checkpoint, sincos_2d, spread, unpatchify)
 from train_decoder import latent_statistics
 
 CPU = torch.device("cpu")
@@ -93,6 +93,21 @@ def test_every_kind_of_file_becomes_upright_rgb(tmp_path):
     assert sum(len(images) for images, *_ in in_order(data, 2, CPU, workers=0)) == 4
     training = Folder(tmp_path, 32, train=True, crop=True)
     assert all(training[i, 5][1] >= 0 for i in range(len(training)))          # the next good file instead
+
+
+@pytest.mark.parametrize("length, most", [(10_000, 2048), (50_000, 10), (1000, 1000), (19, 10), (3, 10), (7, None)])
+def test_a_part_of_a_data_set_has_all_classes_sorted_or_taking_turns(length, most):
+    places = torch.tensor(spread(length, most))
+    assert len(places) == min(length, most or length) == len(places.unique()) and 0 <= places.min() <= places.max() < length
+    if length >= 1000:
+        for classes in (places * 10 // length, places % 10):
+            counts = classes.bincount(minlength=10)
+            assert counts.max() - counts.min() <= 0.15 * len(places) / 10 + 1, counts
+    data = Shapes(first=50_000, count=length)
+    seen = [torch.cat([i for *_, i in in_order(data, 7, CPU, rank, 2, most=most)]) for rank in range(2) if length > rank]
+    assert torch.cat(seen).sort().values.tolist() == list(range(len(places)))
+    _, labels, _ = next(in_order(data, 7, CPU, most=most))
+    assert labels.tolist() == [p % 10 for p in spread(length, most)[:7]]
 
 
 @pytest.mark.parametrize("world, accum", [(1, 1), (2, 1), (1, 3), (3, 2)])
