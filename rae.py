@@ -140,6 +140,7 @@ class Shapes(Dataset):
     mirrored picture is as likely as the original. Indices from 50,000 on are never trained on.
     """
 
+    broken = torch.zeros(1, dtype=torch.bool)                                 # none is
     classes = "circle square triangle star ring plus diamond crescent arrow heart".split()
     ranges = {"hue": (0, 1), "ground hue": (0, 1), "saturation": (0.55, 1), "ground saturation": (0.3, 0.9),
               "value": (0.75, 1), "ground value": (0.08, 0.35), "gradient x": (-0.15, 0.15),
@@ -257,8 +258,9 @@ class Order(Sampler):
 
 
 def worker_count(dataset, workers=None):
-    """Loader processes: as asked, else none for shapes, one per core, at most 8, for files."""
-    return workers if workers is not None else 0 if isinstance(dataset, Shapes) else min(8, os.cpu_count())
+    """Loader processes: as asked, else none for shapes; for files a rank's share of the cores, at most 8."""
+    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return workers if workers is not None else 0 if isinstance(dataset, Shapes) else min(8, max(1, cores))
 
 
 def ignore_interrupt(_):
@@ -467,7 +469,7 @@ class RAE(nn.Module):
 
     @torch.no_grad()
     def tokens(self, images):
-        """images (B,3,H,W) in [0,1] -> layer-normed patch tokens (B,N,D), in fp32 whatever autocast says."""
+        """images (B,3,H,W) in [0,1] -> layer-normed patch tokens (B,N,D), fp32 (TF32) under autocast too."""
         if images.shape[-1] == self.image_size * self.upsample:
             images = F.avg_pool2d(images, self.upsample)                  # as a data set of image_size has it
         side = self.image_size // self.stride * self.spec.patch
@@ -690,7 +692,9 @@ def at_least(low, kind=int):
 
 def best_dtype(device):
     """bf16 where the hardware has it, else fp32."""
-    return "bf16" if device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16") else "fp32"
+    has = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" \
+        else torch.cpu.get_capabilities().get("avx512_bf16")
+    return "bf16" if has else "fp32"
 
 
 def count_flops(module, *inputs):

@@ -11,6 +11,7 @@ B images, N tokens, D channels of a token, y labels, v velocity. Source: arXiv 2
 import argparse
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from rae import UserError, at_least, load_rae, mix, newest, normals, open_data, start
+from rae import UserError, at_least, best_dtype, load_rae, mix, newest, normals, open_data, start
 from train_dit import RELEASED, load_dit, time_shift
 
 
@@ -65,12 +66,14 @@ def generate(model, rae, labels, keys, alpha, steps=50, scale=1.0, weak=None, in
     labels = labels.to(device).repeat_interleave(best_of)
     noise = normals(keys, size[0] * size[1], torch.device("cpu")).view(-1, *size).to(device)
     velocity = guided(model, labels, scale, weak, interval)
-    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
-        z = euler(velocity, noise, sample_times(steps, alpha))                # (B * best_of, N, D)
-        if best_of > 1:
-            fits = probe((z * rae.std + rae.mean).mean(1)).log_softmax(1)     # (B * best_of, C)
-            best = fits.gather(1, labels[:, None]).view(-1, best_of).argmax(1)
-            z = z.unflatten(0, (-1, best_of))[torch.arange(len(best), device=device), best]
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == "bf16")
+    with autocast():
+        z = euler(velocity, noise, sample_times(steps, alpha))                # (B * best_of, N, D), fp32
+    if best_of > 1:
+        fits = probe((z * rae.std + rae.mean).mean(1)).log_softmax(1)         # (B * best_of, C)
+        best = fits.gather(1, labels[:, None]).view(-1, best_of).argmax(1)
+        z = z.unflatten(0, (-1, best_of))[torch.arange(len(best), device=device), best]
+    with autocast():
         return rae.decode(z).float().clamp(0, 1)
 
 
@@ -124,7 +127,7 @@ def parse_args():
     add("--data", help="labelled images for that probe (default: shapes for tiny, or data/imagenet)")
     add("--seed", type=int, default=0)
     add("--batch", type=at_least(1), default=80, help="images at a time on each rank; changes no picture")
-    add("--dtype", choices=("fp32", "bf16"), help="default: bf16 on GPUs, fp32 on CPUs")
+    add("--dtype", choices=("fp32", "bf16"), help="default: bf16 on GPUs that have it, else fp32")
     return parser.parse_args()
 
 
@@ -140,7 +143,7 @@ def main():
         guide, scale = f"{run}/weak", RELEASED[run[8:]][3]
     scale = scale if args.scale is None else args.scale
     weak = load_dit(guide, device, weights=args.weights) if guide else None
-    dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    dtype = args.dtype or ("fp32" if device.type == "cpu" else best_dtype(device))
     classes, latents = model.classes, (rae.num_tokens, rae.token_dim)
     if (model.config["tokens"], model.config["token_dim"]) != latents:
         raise UserError(f"{run} makes {model.config['tokens']} x {model.config['token_dim']} latents, but"
@@ -173,8 +176,9 @@ def main():
         labels = balanced_label(args.seed, indices, len(classes))
     else:
         labels = torch.tensor(columns)[indices % len(columns)]
-    mine = torch.arange(rank, num, world)
-    for index in tqdm(mine.split(max(1, args.batch // args.best_of)), disable=rank > 0, unit="batch"):
+    mine = indices.tensor_split(world)[rank]
+    parts = mine.split(max(1, args.batch // args.best_of)) if len(mine) else ()
+    for index in tqdm(parts, disable=rank > 0, unit="batch"):
         images = generate(model, rae, labels[index], mix(args.seed, 0, index), model.alpha, args.steps, scale,
                           weak, args.interval, dtype, probe, args.best_of)
         array[index.numpy()] = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()

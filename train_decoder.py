@@ -151,8 +151,9 @@ def evaluate(rae, decoder, dataset, perceptual, device, rank=0, world=1, batch=6
         for row, sigma in zip(sums, NOISES):
             copies = (rae.decode(z + sigma * eps, decoder).clamp(0, 1) * 255).round() / 255
             distance = perceptual(copies * 2 - 1, images * 2 - 1).sum() if perceptual else 0
-            row += torch.stack([psnr(copies, images).sum(), ssim(copies, images).sum(),
-                                distance + 0 * z.sum(), len(z) + 0 * z.sum()])
+            row[:2] += torch.stack([psnr(copies, images).sum(), ssim(copies, images).sum()])
+            row[2] += distance
+            row[3] += len(z)
     dist.all_reduce(sums)
     values = sums[:, :3] / sums[:, 3:]
     return {f"{name}@{sigma}" if sigma else name: None if name == "lpips" and not perceptual else value
@@ -271,7 +272,10 @@ def main():
             load_strict(disc.heads, saved["disc"], "discriminator")
             disc_optimizer.load_state_dict(saved["disc_optimizer"])
     wrap = partial(DistributedDataParallel, gradient_as_bucket_view=True)
-    ddp, ddp_disc = wrap(torch.compile(decoder) if args.compile else decoder), wrap(disc) if gan else None
+    if args.compile:                  # not `predict`: its gradient is asked for more than once, for lambda
+        for block in decoder.blocks:
+            block.compile()
+    ddp, ddp_disc = wrap(decoder), wrap(disc) if gan else None
 
     def save():
         """Whether it worked, on rank 0."""
@@ -291,10 +295,9 @@ def main():
         micro = args.batch // (world * args.accum)
         mean, var = latent_statistics(rae, still, micro, device, rank, world, args.workers)
         rae.mean.copy_(mean), rae.var.copy_(var)
-        broken = dataset.broken.int() if hasattr(dataset, "broken") else torch.zeros(1, dtype=torch.int)
+        broken = dataset.broken.int()
         dist.all_reduce(broken)
-        if hasattr(dataset, "broken"):
-            dataset.broken |= broken.bool()                                   # named once, on whatever rank
+        dataset.broken |= broken.bool()                                       # named once, on whatever rank
         say(f"statistics took {time.time() - begun:.0f} s" + (
             f"; {int(broken.sum())} of {len(dataset)} images cannot be decoded" if broken.any() else ""))
         save()
@@ -328,8 +331,8 @@ def main():
             disc_optimizer.zero_grad(set_to_none=True)
     optimizer.zero_grad(set_to_none=True)
 
-    asked, stop, since, clock = stop_signal(), False, step, time.time()
-    sums = torch.zeros(8, device=device)             # for the log, on the device; last: steps lost in a row
+    asked, stop, written, since, clock = stop_signal(), False, True, step, time.time()
+    sums = torch.zeros(8, device=device)      # loss, l1, lpips, gan, lambda, disc, skipped, skipped in a row
     while step < total and not stop:
         disc_on, gan_on = (gan and step >= start * epoch for start in (args.disc_start, args.gan_start))
         loaded = (next(loader) for _ in range(args.accum))

@@ -299,7 +299,7 @@ def evaluate(model, rae, dataset, alpha, device, rank=0, world=1, unconditional=
 
 RECIPES = {  # the paper's for its encoders, and one for a laptop; flags override
     "paper": dict(width=1152, head=2048, head_heads=16, batch=1024, lr=2e-4, epochs=80, warmup=0,
-                  decay_start=40, decay_end=800, ema=None, shift_base=4096, log_every=50, save_every=5000),
+                  decay_start=None, decay_end=800, ema=None, shift_base=4096, log_every=50, save_every=5000),
     "tiny":  dict(width=192, head=256, head_heads=8, batch=64, lr=3e-3, epochs=3, warmup=0.25,
                   decay_start=0.25, decay_end=3, ema=0.9975, shift_base=170, log_every=50, save_every=500),
 }
@@ -334,8 +334,8 @@ def parse_args(argv=None):
     add("--accum", type=at_least(1), default=1, help="micro-batches per optimiser step")
     add("--lr", type=float, help="AdamW's learning rate")
     add("--warmup", type=float, help="epochs of linear warm-up")
-    add("--decay-start", type=float, help="epoch where the learning rate begins to fall, linearly, ...")
-    add("--decay-end", type=float, help="... and where it has reached a tenth")
+    add("--decay-start", type=float, help="epoch where the learning rate begins to fall (40; no head: never) ...")
+    add("--decay-end", type=float, help="... linearly, and where it has reached a tenth")
     add("--clip", type=float, default=None, help="gradient norm (default: 1 with a head, else none)")
     add("--ema", type=float, help="decay of the average (default: 0.9995 with head, or 0.9999)")
     add("--seed", type=int, default=0, help="of weights, data order, noise, times and label dropout")
@@ -410,6 +410,8 @@ def main():
     if args.init and not saved:
         load_strict(model, load_dit(args.init, weights=args.weights).state_dict(), f"--init {args.init}")
     clip = args.clip if args.clip is not None else 1.0 if args.head else 0
+    if args.decay_start is None:
+        args.decay_start = 40 if args.head else math.inf
     ema = ModelEmaV3(model, decay=args.ema if args.ema is not None else 0.9995 if args.head else 0.9999)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.95), weight_decay=0.0, fused=True)
     if saved:
@@ -419,8 +421,10 @@ def main():
     if step >= total:
         return say(f"{run}/dit.pt is at step {step} of {total}: finished; more --epochs or --steps extend it")
     dtype = args.dtype or best_dtype(device)
-    compiled = torch.compile(model) if args.compile else model
-    ddp = DistributedDataParallel(compiled, gradient_as_bucket_view=True)
+    if args.compile:
+        for block in model.blocks:
+            block.compile()
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
     order = Order(len(dataset), args.batch, args.accum, args.seed, step, rank, world)
     loader = batches(dataset, order, args.workers, device)
     say(f"{run}: DiT of {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters on"
@@ -435,7 +439,8 @@ def main():
         written = save_checkpoint(
             run / "dit.pt", config=config, fixed=fixed, step=step, alpha=alpha,
             classes=dataset.classes if args.label_dropout < 1 else [],
-            rae=None if Path(path) == run / "rae.pt" else str(origin), model=model.state_dict(),
+            rae=None if Path(path) == run / "rae.pt" else str(origin),          # None: in the same folder
+            model=model.state_dict(),
             ema=ema.module.state_dict(), optimizer=optimizer.state_dict())
         if step >= args.save_every:
             from sample import generate
@@ -455,7 +460,7 @@ def main():
 
     # The loop, in optimiser steps
     asked, stop, since, clock = stop_signal(), False, step, time.time()
-    sums = torch.zeros(3, device=device)       # loss, skipped steps, those without a break; on the device
+    sums = torch.zeros(3, device=device)                          # loss, steps skipped, skipped in a row
     while step < total and not stop:
         for micro in range(args.accum):
             images, y, keys = next(loader)

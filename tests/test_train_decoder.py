@@ -180,6 +180,8 @@ def recorded(*gradients, weight=train_decoder.adaptive_weight):
     return weights[-1]
 
 train_decoder.Discriminator, train_decoder.adaptive_weight = Recorded, recorded
+in_place = torch.nn.Module.compile                 # inductor needs a C++ compiler and a minute
+torch.nn.Module.compile = lambda self: in_place(self, backend="aot_eager")
 torch.Tensor.round = lambda self: self             # to 8 bits: it makes 1e-7 to 1/255, and Adam that to a full step
 with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
     train_decoder.main()
@@ -232,3 +234,14 @@ def test_an_adversarial_run_resumes_bitwise(adversarial, tmp_path, photos):
 def test_both_inputs_of_the_discriminator_train_and_differ(adversarial, tmp_path, photos):
     noisy, clean = (losses(run, 1) for run in (train(tmp_path, photos, "--steps", 3, "--disc-input", "noisy"), adversarial))
     assert noisy[:2] == clean[:2] and noisy[2] != clean[2]                    # from the first step after its first update
+
+
+def test_a_compiled_decoder_trains_adversarially_to_the_same_losses(adversarial, tmp_path, photos):
+    run = train(tmp_path, photos, "--steps", 4, "--compile")
+    torch.testing.assert_close(losses(run, 1), losses(adversarial, 1)[:4], rtol=1e-4, atol=1e-5)
+
+
+def test_no_epochs_measure_the_statistics_only(tmp_path, photos):
+    text = launch("train_decoder.py", *DECODER, "--data", photos, "--epochs", 0, cwd=tmp_path)
+    saved = load(tmp_path / "out/tiny")
+    assert "wrote out/tiny/rae.pt" in text and saved["step"] == 0 and saved["var"].min() > 0 and saved["var"].std() > 0
