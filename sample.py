@@ -70,7 +70,7 @@ def generate(model, rae, labels, keys, alpha, steps=50, scale=1.0, weak=None, in
     with autocast():
         z = euler(velocity, noise, sample_times(steps, alpha))                # (B * best_of, N, D), fp32
     if best_of > 1:
-        fits = probe((z * rae.std + rae.mean).mean(1)).log_softmax(1)         # (B * best_of, C)
+        fits = probe((z * rae.std + rae.mean).mean(1)).double().log_softmax(1)    # (B * best_of, C)
         best = fits.gather(1, labels[:, None]).view(-1, best_of).argmax(1)
         z = z.unflatten(0, (-1, best_of))[torch.arange(len(best), device=device), best]
     with autocast():

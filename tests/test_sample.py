@@ -85,6 +85,14 @@ def test_the_best_of_n_is_the_likeliest_latent_and_n_nests():
     assert len(fits.argmax(1).unique()) > 1                                   # not always the first
     chosen = noise.view(4, 3, 16, 96)[torch.arange(4), fits.argmax(1)]
     torch.testing.assert_close(best, rae.decode(chosen).clamp(0, 1))
+    sure = torch.nn.Linear(96, 10)                                            # of its answer, like a probe on a good encoder
+    sure.weight.data.normal_(std=0.02), sure.bias.data.copy_(torch.eye(10)[3] * 20)
+    threes, picked = torch.full_like(labels, 3), sure(seen[0]).double().log_softmax(1)[:, 3].view(4, 3).argmax(1)
+    assert (picked > 0).any()
+    for dtype in ("fp32", "bf16"):                                            # bf16 would tie them all
+        best = generate(model, rae, threes, keys, 2.0, 2, probe=sure, best_of=3, dtype=dtype)
+        chosen = rae.decode(noise.view(4, 3, 16, 96)[torch.arange(4), picked]).clamp(0, 1)
+        assert (best - chosen).abs().mean() < 0.01, dtype
     one = generate(model, rae, labels, keys, 2.0, 2)                          # of one: no probe, the plain samples
     torch.testing.assert_close(one, rae.decode(noise.view(4, 3, 16, 96)[:, 0]).clamp(0, 1))
 
