@@ -168,7 +168,7 @@ RECIPES = {  # the paper's for its encoders, and one for a laptop; flags overrid
                   disc_start=6, gan_start=8, batch=512, lr=2e-4, epochs=16, warmup=1, ema=0.9978,
                   save_every=2500),
     "tiny":  dict(image_size=32, decoder="tiny", tau=0.5, lpips_weight=0.0, gan_weight=0.0, disc="tiny",
-                  disc_start=1, gan_start=2, batch=64, lr=3e-3, epochs=3, warmup=0.1, ema=0.99,
+                  disc_start=1, gan_start=2, batch=64, lr=6e-3, epochs=2, warmup=0.1, ema=0.99,
                   save_every=500),
 }
 

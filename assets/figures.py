@@ -25,7 +25,7 @@ from sample import fit_to, generate
 from train_dit import load_dit
 
 OUT = ROOT / "out/ablations"
-STAGE1 = {  # name: flags; 1 epoch each
+STAGE1 = {  # name: flags; 1 epoch each, at half the recipe's learning rate
     "tau 0.5 (recipe)": "", "tau 0": "--tau 0", "tau 0.3": "--tau 0.3", "tau 0.8": "--tau 0.8",
     "GAN on": "--gan-weight 0.75 --disc-start 0.25 --gan-start 0.5",
     "learning rate / 3": "--lr 1e-3", "learning rate x 2": "--lr 6e-3",
@@ -69,7 +69,7 @@ def stack(folder, *names):
 
 def quickstart(folder=ROOT / "out/tiny"):
     """What one sees on the way: reconstructions, then samples, and the losses of both stages."""
-    save_image(stack(folder, "decoder_0000500", "decoder_0002344", "0000500", "0001000", "0002344"),
+    save_image(stack(folder, "decoder_0000500", "decoder_0001563", "0000500", "0001000", "0002344"),
                ROOT / "assets/quickstart.png")
     figure, axes = curves().subplots(1, 2, figsize=(7, 2.4), layout="constrained")
     lines = [json.loads(line) for line in open(folder / "log.jsonl")]
@@ -87,8 +87,8 @@ def cifar10(folder=ROOT / "out/cifar10"):
 
 
 def stage1():
-    runs = {name: run(name, "train_decoder.py", "--encoder", "tiny", "--epochs", "1", *flags.split())
-            for name, flags in STAGE1.items()}
+    base = "train_decoder.py --encoder tiny --epochs 1 --lr 3e-3"
+    runs = {name: run(name, *base.split(), *flags.split()) for name, flags in STAGE1.items()}
     print("| decoder | PSNR | SSIM | PSNR, noise 0.1 | 0.2 | 0.4 | n |\n|---|---|---|---|---|---|---|")
     for name, folder in runs.items():
         last = [json.loads(line) for line in open(folder / "log.jsonl") if '"psnr"' in line][-1]

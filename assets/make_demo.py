@@ -26,7 +26,7 @@ from rae import (Shapes, best_dtype, build_encoder, load_rae, mix, patchify, rea
 from sample import generate                                                                      # noqa: E402
 from train_dit import load_dit                                                                   # noqa: E402
 
-COMMANDS = ["train_decoder.py --encoder tiny --run out/demo --epochs 5",
+COMMANDS = ["train_decoder.py --encoder tiny --run out/demo --lr 3e-3 --epochs 5",
             "train_dit.py --rae out/demo/rae.pt --run out/weak --width 96 --depth 3 --heads 3 --head 96"
             " --head-heads 3 --batch 128 --ema 0.995",
             "train_dit.py --run out/demo --batch 128 --epochs 14 --decay-end 14 --ema 0.998"]
