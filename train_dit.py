@@ -300,8 +300,8 @@ def evaluate(model, rae, dataset, alpha, device, rank=0, world=1, unconditional=
 RECIPES = {  # the paper's for its encoders, and one for a laptop; flags override
     "paper": dict(width=1152, head=2048, head_heads=16, batch=1024, lr=2e-4, epochs=80, warmup=0,
                   decay_start=None, decay_end=800, ema=None, shift_base=4096, log_every=50, save_every=5000),
-    "tiny":  dict(width=192, head=256, head_heads=8, batch=64, lr=3e-3, epochs=3, warmup=0.25,
-                  decay_start=0.25, decay_end=3, ema=0.9975, shift_base=170, log_every=50, save_every=500),
+    "tiny":  dict(width=192, head=256, head_heads=8, batch=64, lr=3e-3, epochs=2.5, warmup=0.25,
+                  decay_start=0.25, decay_end=2.5, ema=0.99, shift_base=170, log_every=50, save_every=500),
 }
 
 

@@ -26,11 +26,11 @@ from train_dit import load_dit
 
 OUT = ROOT / "out/ablations"
 STAGE1 = {  # name: flags; 1 epoch each, at half the recipe's learning rate
-    "tau 0.5 (recipe)": "", "tau 0": "--tau 0", "tau 0.3": "--tau 0.3", "tau 0.8": "--tau 0.8",
+    "tau 0.5": "", "tau 0": "--tau 0", "tau 0.3": "--tau 0.3", "tau 0.8": "--tau 0.8",
     "GAN on": "--gan-weight 0.75 --disc-start 0.25 --gan-start 0.5",
     "learning rate / 3": "--lr 1e-3", "learning rate x 2": "--lr 6e-3",
     "LPIPS, random VGG (mechanics only), 0.05 epochs": "--epochs 0.05 --lpips-weight 1 --lpips-vgg random"}
-STAGE2 = {  # name: flags; each is the quickstart's second stage
+STAGE2 = {  # name: flags; 3 epochs each
     "192 x 4 + head 256 x 2 (recipe)": "", "recipe, seed 1": "--seed 1",
     "192 x 8, no head, about the same size": "--depth 8 --head 0",
     "64 x 4, no head: below the 96 channels of a token": "--width 64 --depth 4 --heads 4 --head 0",
@@ -69,7 +69,7 @@ def stack(folder, *names):
 
 def quickstart(folder=ROOT / "out/tiny"):
     """What one sees on the way: reconstructions, then samples, and the losses of both stages."""
-    save_image(stack(folder, "decoder_0000500", "decoder_0001563", "0000500", "0001000", "0002344"),
+    save_image(stack(folder, "decoder_0000500", "decoder_0001563", "0000500", "0001000", "0001954"),
                ROOT / "assets/quickstart.png")
     figure, axes = curves().subplots(1, 2, figsize=(7, 2.4), layout="constrained")
     lines = [json.loads(line) for line in open(folder / "log.jsonl")]
@@ -129,8 +129,8 @@ class Score:
 
 
 def stage2(num=1000):
-    runs = {name: run(name, "train_dit.py", "--rae", "assets/demo/rae.pt", *flags.split())
-            for name, flags in STAGE2.items()}
+    base = "train_dit.py --rae assets/demo/rae.pt --epochs 3 --decay-end 3 --ema 0.9975"
+    runs = {name: run(name, *base.split(), *flags.split()) for name, flags in STAGE2.items()}
     score, pictures = Score(num), []
     print(f"| model | parameters | {Score.columns}\n|---|---|---|---|---|---|---|")
     for name, folder in runs.items():

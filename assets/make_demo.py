@@ -28,7 +28,7 @@ from train_dit import load_dit                                                  
 
 COMMANDS = ["train_decoder.py --encoder tiny --run out/demo --lr 3e-3 --epochs 5",
             "train_dit.py --rae out/demo/rae.pt --run out/weak --width 96 --depth 3 --heads 3 --head 96"
-            " --head-heads 3 --batch 128 --ema 0.995",
+            " --head-heads 3 --batch 128 --epochs 3 --decay-end 3 --ema 0.995",
             "train_dit.py --run out/demo --batch 128 --epochs 14 --decay-end 14 --ema 0.998"]
 
 
