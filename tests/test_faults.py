@@ -115,7 +115,7 @@ train_dit.main()
 
 def test_a_step_without_a_finite_gradient_is_skipped_and_counted_and_a_run_of_them_ends_training(trained, tmp_path, photos):
     (tmp_path / "poisoned.py").write_text(POISONED)
-    common = (*DIT, "--data", photos, "--rae", trained / "out/tiny/rae.pt", "--save-every", 3)
+    common = (*DIT, "--data", photos, "--rae", trained / "out/tiny/rae.pt", "--save-every", 3, "--epochs", 20)
     text = launch(tmp_path / "poisoned.py", "[3, 4]", *common, "--run", tmp_path / "a", "--steps", 6, cwd=tmp_path)
     assert text.count("skipped 1") == 2 and text.count("skipped 0") == 4
     saved = load(tmp_path / "a/dit.pt")
