@@ -12,15 +12,18 @@ The encoder is pretrained and never trained here; train_decoder.py trains the de
 B images, N tokens, D channels of a token. Source: arXiv 2510.11690 ("the paper"), section 3.
 """
 import argparse
-import json
+import atexit
+import gc
 import math
 import os
 import pickle
-import re
 import signal
 import struct
+import sys
+import zipfile
+from contextlib import contextmanager
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,34 +36,77 @@ import torchvision.transforms.functional as TF
 from PIL import Image, ImageOps
 from timm.layers import resample_abs_pos_embed
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Sampler
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.utils import save_image
 
 ROOT = Path(__file__).parent
 
 
-class UserError(SystemExit, ValueError):
+# What every script here needs: errors of one sentence, numbers within bounds, fp32 where it matters
+
+class UserError(SystemExit, ValueError):  # the interpreter prints it and exits with 1
     """One sentence: what was given, what was expected, what to do. Ends a script without a traceback."""
+
+
+def at_least(low, kind=int, most=math.inf):
+    """An argparse type: a finite number from `low` to `most`."""
+    def number(text):
+        value = kind(text)
+        if not low <= value <= most or math.isinf(value):  # no comparison is true of nan
+            bounds = f"at least {low}" + (f" and at most {most}" if most < math.inf else "")
+            raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {bounds}")
+        return value
+    return number
+
+
+@contextmanager
+def writing(path):
+    """What cannot be written ends the run in a sentence; resuming is exact, so that little is lost."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path} could not be written ({error}): make room, or name another place, and"
+                        " start the same command again") from None
+
+
+def check_picture(path):
+    """Refuse, before any work, a picture's name that is a folder or has no picture's extension."""
+    if Path(path).is_dir() or Path(path).suffix.lower() not in IMG_EXTENSIONS:
+        raise UserError(f"--out {path} names no picture: give a file that ends in .png or .jpg")
+
+
+def in_fp32(function):
+    """Decorator: autocast is off, and tensors come in fp32, for what bf16's eight bits would spoil."""
+    @wraps(function)
+    def wrapped(*args):  # the last one is a tensor
+        args = [x.float() if torch.is_tensor(x) and x.dtype == torch.bfloat16 else x for x in args]
+        with torch.autocast("cuda" if args[-1].is_cuda else "cpu", enabled=False):
+            return function(*args)
+    return wrapped
 
 
 # Randomness belongs to a sample, not to a batch: ranks, accumulation and resuming then change nothing
 
 def mix(*parts):
     """Hash integers (ints or int64 tensors, broadcast) to uniform int64 in [0, 2^63): chained splitmix64."""
+    def shift(h, bits):  # int64's >> keeps the sign: mask it away
+        return (h >> bits) & ((1 << 64 - bits) - 1)
+
     h = torch.zeros((), dtype=torch.int64)
     for part in parts:
-        h = (h ^ part) - 0x61C8864680B583EB                                 # int64 wraps around, as it should
-        h = (h ^ h >> 30 & 0x3FFFFFFFF) * -0x40A7B892E31B1A47             # shifts keep the sign: mask it away
-        h = (h ^ h >> 27 & 0x1FFFFFFFFF) * -0x6B2FB644ECCEEE15
-        h = h ^ h >> 31 & 0x1FFFFFFFF
+        h = (h ^ part) - 0x61C8864680B583EB  # int64 wraps around, as it should
+        h = (h ^ shift(h, 30)) * -0x40A7B892E31B1A47
+        h = (h ^ shift(h, 27)) * -0x6B2FB644ECCEEE15
+        h = h ^ shift(h, 31)
     return h & 0x7FFFFFFFFFFFFFFF
 
 
 def normals(keys, count, device):
     """keys (B,) int64 on the CPU -> (B, count) standard normals on the device, row i from keys[i] alone."""
-    rows, generator = torch.empty(len(keys), count, device=device), torch.Generator(device)
+    rows = torch.empty(len(keys), count, device=device)
+    generator = torch.Generator(device)  # one object, seeded anew for each row
     for row, key in zip(rows, keys.tolist()):
         row.normal_(generator=generator.manual_seed(key))
     return rows
@@ -73,233 +119,165 @@ def center_crop(image, size):
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     sides = [round(side * size / min(image.size)) for side in image.size]
-    left, top = (side - size >> 1 for side in sides)
-    return image.resize(sides, Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    left, top = [(side - size) // 2 for side in sides]  # of the crop
+    image = image.resize(sides, Image.Resampling.BICUBIC)
+    return image.crop((left, top, left + size, top + size))
 
 
 def random_crop(image, size, key):
     """Stage 1's augmentation: the shorter side to 1.5 x size (384 for 256), then a crop drawn from key."""
-    image, rng = TF.resize(image, size * 3 // 2, TF.InterpolationMode.BICUBIC), np.random.default_rng(key)
-    top, left = rng.integers(image.height - size + 1), rng.integers(image.width - size + 1)
+    image = TF.resize(image, size * 3 // 2, TF.InterpolationMode.BICUBIC)  # antialiased, as PIL does
+    rng = np.random.default_rng(key)  # of the sample, wherever and whenever
+    top = rng.integers(image.height - size + 1)
+    left = rng.integers(image.width - size + 1)
     return image.crop((left, top, left + size, top + size))
 
 
 def read_image(path):
     """A file -> upright RGB PIL image."""
     with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):                               # 16-bit grey: convert() would clip it
+        image = ImageOps.exif_transpose(image)  # cameras write how they were held
+        if image.mode.startswith("I;16"):       # 16-bit grey: convert() would clip it
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         return image.convert("RGB")
+
+
+BROKEN = (OSError, ValueError, SyntaxError, KeyError, IndexError, TypeError, struct.error,
+          Image.DecompressionBombError)  # what PIL raises on files that are damaged
 
 
 class Folder(Dataset):
     """An ImageFolder tree, class/*.jpg: items (index, key) -> (uint8 image (3,size,size), label, key).
 
-    A file that cannot be decoded is named once; in training the next takes its place, else its label is -1.
+    A file that cannot be decoded is named once. In training the next one takes its place, so that batches
+    keep their size; otherwise its item is None, which `good` leaves out.
     """
     def __init__(self, path, size, train=False, crop=False):
         try:
-            files = ImageFolder(path, allow_empty=True)
+            files = ImageFolder(path, allow_empty=True)  # class/name.jpg, sorted
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{path}: no such folder, or no class folder in it: images are expected as"
-                            f" {path}/CLASS/*.jpg; give another --data, or `--data shapes`") from None
+                            f" {path}/CLASS/*.jpg (of a flat folder, `mkdir {path}/all && mv {path}/*.*"
+                            f" {path}/all` makes one class); give another --data, or `--data shapes`"
+                            ) from None
         if not files.samples:
             raise UserError(f"{path}: no image in any of its {len(files.classes)} class folders")
-        self.samples, self.classes = files.samples, files.classes
-        self.size, self.train, self.crop = size, train, crop
-        self.broken = torch.zeros(len(self.samples), dtype=torch.bool).share_memory_()  # seen by all workers
+        places = {os.path.dirname(file) for file, _ in files.samples}
+        if len({os.path.realpath(place) for place in places}) < len(places):
+            raise UserError(f"{path}: a link leads into a folder that is there already, so that its images"
+                            " would be seen twice: remove the link")
+        self.samples = files.samples
+        self.classes = files.classes
+        self.size = size
+        self.train = train
+        self.crop = crop
+        # Seen by all workers, so that each is told once: broken files, and an image that is too small.
+        self.broken = torch.zeros(len(self.samples), dtype=torch.bool).share_memory_()
+        self.small = torch.zeros((), dtype=torch.bool).share_memory_()
 
     def __len__(self):
         return len(self.samples)
 
+    def prepare(self, path, key):
+        """File -> uint8 (3, size, size)."""
+        image = read_image(path)
+        if min(image.size) < self.size and not self.small:
+            self.small.fill_(True)
+            print(f"WARNING: {path} has {image.width} x {image.height} pixels, and is enlarged to"
+                  f" {self.size}; so are others like it, of which this line is the only one", flush=True)
+        if self.train and self.crop:
+            return TF.pil_to_tensor(random_crop(image, self.size, key))
+        return TF.pil_to_tensor(center_crop(image, self.size))
+
     def __getitem__(self, item):
         index, key = item
-        for place in (i % len(self) for i in range(index, index + len(self))):
+        for place in range(index, index + len(self)):
+            place = place % len(self)  # after the last the first
             path, label = self.samples[place]
             try:
-                image = read_image(path)
-                augmented = self.train and self.crop
-                image = random_crop(image, self.size, key) if augmented else center_crop(image, self.size)
-                return TF.pil_to_tensor(image), label, key
-            except (OSError, ValueError, SyntaxError, KeyError, IndexError, TypeError, struct.error,
-                    Image.DecompressionBombError) as error:                  # what PIL raises on broken files
+                return self.prepare(path, key), label, key
+            except BROKEN as error:
                 if not self.broken[place]:
                     print(f"skipped {path}: {error}", flush=True)
-                self.broken[place] = True
+                self.broken[place] = True  # for all workers
             if not self.train:
-                return torch.zeros(3, self.size, self.size, dtype=torch.uint8), -1, key
+                return None
         raise UserError("not one image of the folder can be decoded")
-
-
-class Shapes(Dataset):
-    """Ten coloured shapes on a coloured ground, drawn on the fly: image i is a function of i alone.
-
-    Colours, position, size and angle come from a hash of (index, parameter) and say nothing about the class,
-    which is index % 10. Outlines mirror about their own vertical axis and angles are symmetric about 0, so a
-    mirrored picture is as likely as the original. Indices from 50,000 on are never trained on.
-    """
-
-    broken = torch.zeros(1, dtype=torch.bool)                                 # none is
-    classes = "circle square triangle star ring plus diamond crescent arrow heart".split()
-    ranges = {"hue": (0, 1), "ground hue": (0, 1), "saturation": (0.55, 1), "ground saturation": (0.3, 0.9),
-              "value": (0.75, 1), "ground value": (0.08, 0.35), "gradient x": (-0.15, 0.15),
-              "gradient y": (-0.15, 0.15), "x": (-0.18, 0.18), "y": (-0.18, 0.18),     # in halves of the side
-              "radius": (0.52, 0.80), "angle": (-math.pi / 12, math.pi / 12)}
-
-    def __init__(self, size=32, first=0, count=50_000):
-        self.size, self.first, self.count = size, first, count
-        self.low, self.high = torch.tensor(list(self.ranges.values())).float().T
-        q = 1.25 * F.affine_grid(torch.eye(2, 3)[None], (1, 1, 128, 128), align_corners=False)[0]
-        self.templates = torch.cat([self.distance(name, q) for name in self.classes])   # (10 * 128, 128)
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, item):
-        return self.__getitems__([item])[0]
-
-    def __getitems__(self, items):
-        """What DataLoader calls for a batch: [(index, key), ...] -> [(uint8 image, label, key), ...]."""
-        indices, keys = zip(*items)
-        images, labels = self.render(self.first + torch.tensor(indices))
-        return list(zip(images, labels.tolist(), keys))
-
-    @staticmethod
-    def distance(name, q):
-        """Signed distance of the points q (..., 2), y downwards, to an outline of radius 1; inside is < 0."""
-        def arc(start, stop, n=64, radius=1.0, y=0.0):                   # half turns, clockwise from the top
-            a = torch.linspace(start, stop, n) * math.pi
-            return torch.stack([radius * a.sin(), y - radius * a.cos()], -1)
-
-        if name in ("circle", "ring"):
-            r = q.norm(dim=-1)
-            return r - 0.95 if name == "circle" else (r - 0.78).abs() - 0.22
-        a = torch.linspace(0, math.pi, 33)
-        right = torch.as_tensor({                                        # right half of the outline (K, 2)
-            "square": [(0.82, -0.82), (0.82, 0.82)],
-            "triangle": [(0.0, -0.95), (1.0, 0.75)],
-            "star": arc(0, 1, 6) * torch.tensor([1.0, 0.45]).repeat(3)[:, None],
-            "plus": [(0.3, -1.0), (0.3, -0.3), (1.0, -0.3), (1.0, 0.3), (0.3, 0.3), (0.3, 1.0)],
-            "diamond": [(0.0, -1.0), (0.6, 0.0), (0.0, 1.0)],
-            "crescent": torch.cat([arc(1, 0.347, radius=0.75, y=-0.4), arc(0.232, 1)]),
-            "arrow": [(0.0, -1.0), (0.9, 0.05), (0.34, 0.05), (0.34, 1.0)],
-            "heart": torch.stack([16 * a.sin() ** 3, 5 * (2 * a).cos() + 2 * (3 * a).cos() + (4 * a).cos()
-                                  - 13 * a.cos() - 2.5], -1) / 16,
-        }[name])
-        p = torch.cat([right, right.flip(0) * torch.tensor([-1.0, 1.0])])       # closed by its mirror image
-        edge, to = p.roll(-1, 0) - p, p - q[..., None, :]                       # (2K, 2), (..., 2K, 2)
-        along = -(to * edge).sum(-1) / edge.square().sum(-1).clamp(min=1e-9)    # foot of q on every edge
-        nearest = (to + along.clamp(0, 1)[..., None] * edge).norm(dim=-1).amin(-1)
-        spans = (to[..., 1] > 0) != ((to + edge)[..., 1] > 0)                   # edges at the height of q
-        crossed = spans & (to[..., 0] > to[..., 1] * edge[:, 0] / edge[:, 1])   # by a ray to the right
-        return torch.where(crossed.sum(-1) % 2 == 1, -nearest, nearest)
-
-    def uniform(self, indices):
-        """(B,) int64 -> (B, 12) numbers in [0, 1), each a hash of (index, parameter)."""
-        return (mix(indices[:, None], torch.arange(len(self.low))) >> 39).float() / 2 ** 24
-
-    def render(self, indices):
-        """(B,) int64 -> images uint8 (B, 3, size, size), labels int64 (B,)."""
-        labels, u = indices % len(self.classes), torch.lerp(self.low, self.high, self.uniform(indices))
-        h, s, v = u[:, :6].view(-1, 3, 2, 1).unbind(1)                          # (B, shape and ground, 1)
-        k = (torch.tensor([5, 3, 1]) + 6 * h) % 6                               # HSV to RGB
-        rgb = v * (1 - s * torch.minimum(k, 4 - k).clamp(0, 1))                 # (B, shape and ground, 3)
-        shape, ground = rgb[..., None, None].unbind(1)
-        gx, gy, x, y, radius, angle = u[:, 6:, None, None].unbind(1)            # (B, 1, 1)
-
-        # Each pixel's place in the template of its class: move, divide by the radius, turn back.
-        axis = (torch.arange(self.size) + 0.5) / self.size * 2 - 1
-        px, py = (axis - x) / (1.25 * radius), (axis[:, None] - y) / (1.25 * radius)
-        q = torch.stack([px * angle.cos() + py * angle.sin(), py * angle.cos() - px * angle.sin()], -1)
-        q = q.clamp(1 / 128 - 1, 1 - 1 / 128)                                   # (B, H, W, 2), not beyond it
-        q[..., 1] = (q[..., 1] + 2 * labels[:, None, None] + 1) / len(self.classes) - 1
-        distance = F.grid_sample(self.templates[None, None], q.flatten(0, 1)[None], align_corners=False)
-        cover = (0.5 - distance.view_as(q[..., 0]) * radius * self.size / 2).clamp(0, 1)    # anti-aliased
-
-        ground = ground * (1 + gx * axis + gy * axis[:, None])[:, None]         # (B, 3, H, W)
-        return (torch.lerp(ground, shape, cover[:, None]) * 255).round().byte(), labels
 
 
 def open_data(data, size, crop=False):
     """The training set: `shapes`, or an image folder, whose train/ is entered if there is one."""
     if data == "shapes":
+        from assets.shapes import Shapes
         return Shapes(size)
-    return Folder(Path(data, "train") if Path(data, "train").is_dir() else data, size, train=True, crop=crop)
+    inner = Path(data, "train")
+    return Folder(inner if inner.is_dir() else data, size, train=True, crop=crop)
 
 
 def open_val(val, data, size):
     """The held-out set, never trained on: --val, held-out shapes, or DATA/val; None where there is none."""
     if (val or data) == "shapes":
-        return Shapes(size, first=50_000, count=10_000)
-    return Folder(val or Path(data, "val"), size) if val or Path(data, "val").is_dir() else None
-
-
-class Order(Sampler):
-    """Which images make up which batch: the data set is passed in permutations, one per (seed, epoch); step s
-    takes the places from s * batch on. Yields micro-batches [(index, key)], key = hash(seed, step, place)."""
-    def __init__(self, length, batch, accum=1, seed=0, step=0, rank=0, world=1):
-        self.length, self.batch, self.accum, self.seed = length, batch, accum, seed
-        self.step, self.rank, self.world = step, rank, world
-
-    def __iter__(self):
-        @lru_cache(2)
-        def permutation(epoch):
-            generator = torch.Generator().manual_seed(int(mix(self.seed, epoch)))
-            return torch.randperm(self.length, generator=generator).tolist()
-        size, step = self.batch // (self.accum * self.world), self.step
-        while True:
-            for micro in range(self.accum):
-                places = torch.arange(size) + (micro * self.world + self.rank) * size
-                keys, positions = mix(self.seed, step, places), step * self.batch + places
-                yield [(permutation(p // self.length)[p % self.length], key)
-                       for p, key in zip(positions.tolist(), keys.tolist())]
-            step += 1
+        from assets.shapes import Shapes
+        return Shapes(size, first=50_000, count=10_000)  # training stops before them
+    if val or Path(data, "val").is_dir():
+        return Folder(val or Path(data, "val"), size)
+    return None
 
 
 def worker_count(dataset, workers=None):
-    """Loader processes: as asked, else none for shapes; for files a rank's share of the cores, at most 8."""
-    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return workers if workers is not None else 0 if isinstance(dataset, Shapes) else min(8, max(1, cores))
+    """Loader processes: as asked; else none for what is drawn, and for files this rank's share of the cores
+    that it may use, at most 8."""
+    if workers is not None:
+        return workers
+    if not hasattr(dataset, "samples"):
+        return 0
+    allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)  # not on macOS
+    return min(8, max(1, len(allowed) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-def ignore_interrupt(_):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                              # Ctrl-C is for the main process
+def quiet_worker(_):
+    """Loader processes leave signals to the main one: Ctrl-C, torchrun and SLURM signal all of them, and a
+    run whose loaders die cannot save."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # they end with the main process
 
 
-def batches(dataset, order, workers, device):
-    """Endless (images (b,3,H,W) in [0,1] and labels (b,) on the device, keys (b,) on the CPU)."""
-    loader = DataLoader(dataset, batch_sampler=order, num_workers=worker_count(dataset, workers),
-                        worker_init_fn=ignore_interrupt, pin_memory=device.type == "cuda")
-    for images, labels, keys in loader:
-        yield images.to(device, non_blocking=True).float() / 255, labels.to(device, non_blocking=True), keys
+def good(items):
+    """A batch of the items that are there, or None: broken files are left out."""
+    items = [item for item in items if item is not None]  # Folder gives None for a broken file
+    return default_collate(items) if items else None
 
 
 def spread(length, most=None):
-    """At most so many places all over a data set, whether its classes follow each other or take turns."""
-    count = min(length, most or length)
+    """At most so many places all over a data set, whether its classes follow each other or take turns (of
+    which a bare stride of ten would find one alone)."""
+    count = min(length, most or length)  # of that many equal parts, one place each
     return [i * length // count + i % (length // count) for i in range(count)]
 
 
 def in_order(dataset, batch, device, rank=0, world=1, workers=None, most=None):
-    """Each image once, or `most` of them, spread: (images, labels, their numbers from 0 on), ranks taking
-    turns, without broken files."""
+    """Each image once, or `most` of them, spread; ranks take turns. Yields images (b,3,H,W) in [0,1], labels
+    (b,) and their numbers from 0 on, without broken files: who counts sees how many are missing."""
     items = [(place, i) for i, place in enumerate(spread(len(dataset), most))][rank::world]
     order = [items[i:i + batch] for i in range(0, len(items), batch)]
-    loader = DataLoader(dataset, batch_sampler=order, num_workers=worker_count(dataset, workers))
-    for images, labels, indices in loader:
-        if (good := labels >= 0).any():
-            yield images[good].to(device).float() / 255, labels[good].to(device), indices[good]
+    loader = DataLoader(dataset, batch_sampler=order, num_workers=worker_count(dataset, workers),
+                        collate_fn=good, worker_init_fn=quiet_worker)
+    for part in loader:
+        if part is not None:
+            images, labels, numbers = part
+            yield images.to(device).float() / 255, labels.to(device), numbers
 
 
 # Frozen encoders
 
-IMAGENET, HALF = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.5,) * 3, (0.5,) * 3)
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # pixel mean and standard deviation
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 TANH = dict(act_layer=partial(nn.GELU, approximate="tanh"))
+TINY = dict(img_size=32, patch_size=8, embed_dim=96, depth=4, num_heads=4)
 
 
 class Encoder(NamedTuple):
-    timm: str               # timm model name
+    timm: str               # timm model name (sdvae: its repository); none: a token is a patch of pixels
     image: int              # for images of this side ...
     input: int              # ... the encoder's input has this one
     patch: int              # pixels per token in the encoder's input
@@ -309,7 +287,7 @@ class Encoder(NamedTuple):
     options: dict = {}      # what timm's model of that name lacks
 
     @property
-    def stride(self):       # image pixels per token
+    def stride(self):  # image pixels per token
         return self.image * self.patch // self.input
 
 
@@ -320,41 +298,126 @@ ENCODERS = {  #            timm model                            image input pat
     "siglip2_b": Encoder("vit_base_patch16_siglip_256.v2_webli",  256, 256, 16,  768, HALF, options=TANH),
     "mae_b":     Encoder("vit_base_patch16_224.mae",              256, 256, 16,  768, IMAGENET, False),
     "dino_s8":   Encoder("vit_small_patch8_224.dino",             224, 224,  8,  384, IMAGENET, True, TANH),
-    "pixel":     Encoder("",                                      256, 256, 16,  768, HALF),  # patches
-    "tiny":      Encoder("vit_tiny_patch16_224",                   32,  32,  8,   96, HALF, options=dict(
-                         img_size=32, patch_size=8, embed_dim=96, depth=4, num_heads=4)),
+    "sdvae":     Encoder("stabilityai/sd-vae-ft-ema",             256, 256, 16,   16, HALF, options=dict(
+                         block_out_channels=(128, 256, 512, 512), layers_per_block=2)),
+    "pixel":     Encoder("",                                      256, 256, 16,  768, HALF),
+    # for a laptop: 16 tokens of a 32 px image; its baselines, a small VAE and pixels
+    "tiny":       Encoder("vit_tiny_patch16_224",                  32,  32,  8,   96, HALF, options=TINY),
+    "tiny_vae":   Encoder("vit_tiny_patch16_224",                  32,  32,  8,   16, HALF, options=dict(
+                          TINY, num_classes=16)),  # a linear bottleneck: the posterior's mean
+    "tiny_pixel": Encoder("",                                      32,  32,  8,  192, HALF),
 }
 
 
-def build_encoder(name, image_size, weights=None, flag="--encoder-weights PATH", folder=None):
-    """The frozen encoder: normalised pixels (B,3,h,w) -> timm's ViT, its tokens layer-normed without affine.
+def patchify(images, patch):
+    """(B,3,h*patch,w*patch) -> (B,h*w,3*patch*patch), a token's values ordered (row, column, channel)."""
+    x = images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (B, 3, h, row, w, column)
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def unpatchify(x, patch):
+    """(B,N,3*patch*patch) -> (B,3,h*patch,w*patch), the inverse of patchify for square images."""
+    side = math.isqrt(x.shape[1])
+    x = x.unflatten(2, (patch, patch, 3)).unflatten(1, (side, side))  # (B, h, w, row, column, 3)
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+class Patches(nn.Module):
+    """Encoder of pixels (the paper's Table 11): no network, a token is a patch; backwards: its decoder."""
+    def __init__(self, patch, backwards=False):
+        super().__init__()
+        self.patch = patch
+        self.turn = unpatchify if backwards else patchify
+
+    def forward(self, x):
+        return self.turn(x, self.patch)
+
+
+class SDVAE(nn.Module):
+    """Stable Diffusion's VAE, the paper's baseline: its posterior's mean, (B,3,h,w) -> (B,hw/256,16)."""
+    def __init__(self, **sizes):
+        super().__init__()
+        try:
+            from diffusers import AutoencoderKL  # wanted here alone
+        except ImportError:
+            raise UserError("the encoder sdvae needs diffusers: pip install diffusers") from None
+        vae = AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 4, **sizes)
+        self.encoder = vae.encoder
+        self.quant_conv = vae.quant_conv
+
+    def forward(self, x):
+        mean, _ = self.quant_conv(self.encoder(x)).chunk(2, 1)  # each (B, 4, h/8, w/8)
+        return 0.18215 * patchify(mean, 2)                      # about variance 1
+
+    def load(self, weights, flag):
+        """As build_encoder's weights; returns this encoder."""
+        if weights is None:
+            weights = fetch(ENCODERS["sdvae"].timm, "diffusion_pytorch_model.safetensors", flag)
+        if str(weights) == "random":
+            return self
+        state = weights if isinstance(weights, dict) else read_weights(weights)
+        state = {key: state[key] for key in state if key.startswith(("encoder.", "quant_conv."))}
+        renamed = dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0")  # since its release
+        for old, new in renamed.items():
+            state = {key.replace(f".{old}.", f".{new}."): value for key, value in state.items()}
+        load_strict(self, state, "encoder sdvae")
+        return self
+
+
+class PatchNorm(nn.Module):
+    """An encoder's last layer: patch tokens alone, each of mean 0 and variance 1 over its channels.
+
+    [CLS] and registers are dropped; the pretrained norm's scale and shift would be undone by the latent
+    statistics anyway, but the noise of stage 1 is measured against these tokens.
+    """
+    def __init__(self, extra, eps):
+        super().__init__()
+        self.extra = extra
+        self.eps = eps
+
+    def forward(self, x):
+        return F.layer_norm(x[:, self.extra:], x.shape[-1:], eps=self.eps)
+
+
+def build_encoder(name, image_size, weights=None, flag="--encoder-weights PATH"):
+    """The frozen encoder, a function: normalised pixels (B,3,h,w) -> layer-normed patch tokens (B,N,D).
 
     weights: None for the pretrained ones (timm's from the hub; `tiny`: bundled), "random", a state dict of
     timm, DINOv2's or MAE's authors, or its path. Source: section 3 and the reference implementations.
     """
-    spec, side = ENCODERS[name], image_size // ENCODERS[name].stride
-    if name == "pixel":
-        return nn.Identity()
-    model = timm.create_model(spec.timm, num_classes=0, global_pool="", **spec.options)
-    model.norm = nn.LayerNorm(spec.dim, eps=model.norm.eps, elementwise_affine=False)    # mean 0, variance 1
-    prefix, native = 0 if model.no_embed_class else model.num_prefix_tokens, model.pos_embed.shape
-    resample = partial(resample_abs_pos_embed, new_size=[side, side], num_prefix_tokens=prefix,
-                       antialias=spec.antialias)                    # as the reference implementation does it
+    spec = ENCODERS[name]
+    if not spec.timm:
+        return Patches(spec.patch)  # nothing to load
+    if name == "sdvae":
+        return SDVAE(**spec.options).load(weights, f"{flag} (encoder sdvae)").eval().requires_grad_(False)
+    options = dict(num_classes=0, global_pool="") | spec.options
+    model = timm.create_model(spec.timm, **options)
+    model.norm = PatchNorm(model.num_prefix_tokens, model.norm.eps)  # without its affine part
+
+    # The table of positions is resampled to our grid exactly as the reference implementation does it.
+    side = image_size // spec.stride  # of the token grid
+    native = model.pos_embed.shape    # (1, extra + grid, D)
+    resample = partial(resample_abs_pos_embed, new_size=[side, side], antialias=spec.antialias,
+                       num_prefix_tokens=0 if model.no_embed_class else model.num_prefix_tokens)
     model.pos_embed = nn.Parameter(resample(model.pos_embed.detach()))
     model.patch_embed.set_input_size(img_size=side * spec.patch)
-    if weights is None:
-        weights = ROOT / "assets/tiny.pt" if name == "tiny" else fetch(
-            f"timm/{spec.timm}", "model.safetensors", f"{flag} (encoder {name})",
-            folder and Path(folder, "timm", spec.timm))
-    if str(weights) != "random":
+
+    if weights is None and name.startswith("tiny"):
+        weights = ROOT / f"assets/{name}.pt"
+    elif weights is None:
+        weights = fetch(f"timm/{spec.timm}", "model.safetensors", f"{flag} (encoder {name})")
+    if str(weights) != "random":  # random: timm's own initialisation
         state = dict(unwrap(weights if isinstance(weights, dict) else read_weights(weights)))
-        if "register_tokens" in state:                  # DINOv2's own file: timm adds [CLS]'s position to it
-            position, state["pos_embed"] = state["pos_embed"].split([1, state["pos_embed"].shape[1] - 1], 1)
-            state |= dict(reg_token=state.pop("register_tokens"), cls_token=state["cls_token"] + position)
-        if getattr(state.get("pos_embed"), "shape", None) == native:        # ours are saved resampled
+        if "register_tokens" in state:  # DINOv2's own file: timm adds [CLS]'s position
+            position, state["pos_embed"] = state["pos_embed"].tensor_split([1], 1)
+            state["cls_token"] = state["cls_token"] + position
+            state["reg_token"] = state.pop("register_tokens")
+        if getattr(state.get("pos_embed"), "shape", None) == native:  # ours are saved resampled
             state["pos_embed"] = resample(state["pos_embed"].float())
         unused = ("norm.", "fc_norm.", "head", "attn_pool.", "decoder", "mask_token")
-        load_strict(model, {k: v for k, v in state.items() if not k.startswith(unused)}, f"encoder {name}")
+        own = model.state_dict()
+        state = {key: value for key, value in state.items() if key in own or not key.startswith(unused)}
+        load_strict(model, state, f"encoder {name}")
     return model.eval().requires_grad_(False)
 
 
@@ -363,44 +426,39 @@ def build_encoder(name, image_size, weights=None, flag="--encoder-weights PATH",
 def sincos_2d(side, dim):
     """MAE's fixed position embedding (side*side, dim): columns in the first half, rows in the second."""
     omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega         # (side, dim/4)
-    axis = torch.cat([angles.sin(), angles.cos()], 1)                         # (side, dim/2)
-    return torch.cat([axis.repeat(side, 1), axis.repeat_interleave(side, 0)], 1).float()
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega  # (side, dim/4)
+    axis = torch.cat([angles.sin(), angles.cos()], 1)  # (side, dim/2)
+    columns = axis.repeat(side, 1)  # (side*side, dim/2)
+    rows = axis.repeat_interleave(side, 0)  # (side*side, dim/2)
+    return torch.cat([columns, rows], 1).float()
+
+
+attention_in_fp32 = in_fp32(F.scaled_dot_product_attention)
 
 
 def attention(q, k, v):
     """scaled_dot_product_attention (B,heads,N,head_dim); fp32 on CPUs, where bf16 is ten times slower."""
-    if q.device.type == "cpu":
-        with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float())
-    return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
-
-
-def patchify(images, patch):
-    """(B,3,h*patch,w*patch) -> (B,h*w,3*patch*patch), a token's values ordered (row, column, channel)."""
-    x = images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))            # (B, 3, h, row, w, column)
-    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-
-
-def unpatchify(x, patch):
-    """(B,N,3*patch*patch) -> (B,3,h*patch,w*patch), the inverse of patchify for square images."""
-    side = math.isqrt(x.shape[1])
-    x = x.unflatten(2, (patch, patch, 3)).unflatten(1, (side, side))          # (B, h, w, row, column, 3)
-    return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
+    return attention_in_fp32(q, k, v)
 
 
 class DecoderBlock(nn.Module):
+    """Pre-norm transformer block, as in ViT-MAE."""
     def __init__(self, width, heads, mlp_hidden):
         super().__init__()
-        self.heads, self.norm1 = heads, nn.LayerNorm(width, eps=1e-12)
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width, eps=1e-12)
         self.norm2 = nn.LayerNorm(width, eps=1e-12)
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, mlp_hidden), nn.GELU(), nn.Linear(mlp_hidden, width))
 
     def forward(self, x):
-        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.proj(attention(q, k, v).transpose(1, 2).flatten(2))      # (B, N, width)
-        return x + self.mlp(self.norm2(x))
+        qkv = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1))  # (B, N, 3, heads, C)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, C)
+        x = x + self.proj(attention(q, k, v).transpose(1, 2).flatten(2))  # (B, N, width)
+        return x + self.mlp(self.norm2(x))  # (B, N, width)
 
 
 DECODERS = {
@@ -415,112 +473,105 @@ class Decoder(nn.Module):
     """MAE's ViT decoder: tokens (B,N,D) -> normalised pixels (B,3,h*patch,w*patch). Source: appendix."""
     def __init__(self, tokens, token_dim, width, depth, heads, mlp_hidden, patch):
         super().__init__()
-        if width % heads or width % 4 or math.isqrt(tokens) ** 2 != tokens:
+        side = math.isqrt(tokens)
+        if width % heads or width % 4 or side ** 2 != tokens:
             raise UserError(f"no decoder of width {width}, {heads} heads on {tokens} tokens: the width must"
                             " be a multiple of the heads and of 4, and the tokens must form a square")
-        self.patch, self.embed = patch, nn.Linear(token_dim, width)
+        self.patch = patch
+        self.embed = nn.Linear(token_dim, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.register_buffer("pos_embed", sincos_2d(math.isqrt(tokens), width), persistent=False)
+        self.register_buffer("pos_embed", sincos_2d(side, width), persistent=False)
         self.blocks = nn.ModuleList(DecoderBlock(width, heads, mlp_hidden) for _ in range(depth))
-        self.norm, self.predict = nn.LayerNorm(width, eps=1e-12), nn.Linear(width, 3 * patch * patch)
+        self.norm = nn.LayerNorm(width, eps=1e-12)
+        self.predict = nn.Linear(width, 3 * patch * patch)
 
     def forward(self, z):
-        x = self.embed(z) + self.pos_embed                                    # (B, N, width)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)          # [CLS] has no position
-        for block in self.blocks:
+        x = self.embed(z) + self.pos_embed  # (B, N, width)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)  # [CLS] has no position
+        for block in self.blocks:  # pre-norm, at (B, 1 + N, width)
             x = block(x)
-        return unpatchify(self.predict(self.norm(x[:, 1:])).float(), self.patch)
+        x = self.predict(self.norm(x[:, 1:])).float()  # (B, N, 3 patch patch)
+        return unpatchify(x, self.patch)
 
 
 # The autoencoder
 
 class RAE(nn.Module):
-    """Frozen encoder, latent statistics, decoder.
+    """Frozen encoder, latent statistics, decoder. Weights come by load_encoder and load_rae alone.
 
     encoder: a name in ENCODERS; decoder: one in DECODERS or a dict of such sizes; image_size: the images',
-    decoded at image_size * upsample; encoder_weights: as build_encoder's, False: for decoding only.
+    decoded at image_size * upsample.
     """
-    def __init__(self, encoder="dinov2_b", decoder="XL", image_size=256, upsample=1, encoder_weights=None):
+    def __init__(self, encoder="dinov2_b", decoder="XL", image_size=256, upsample=1):
         super().__init__()
         for what, name, table in (("encoder", encoder, ENCODERS), ("decoder", decoder, DECODERS)):
             if isinstance(name, str) and name not in table:
                 raise UserError(f"unknown {what} {name!r}; there are {', '.join(table)}")
-        self.spec, sizes = ENCODERS[encoder], DECODERS[decoder] if isinstance(decoder, str) else decoder
-        self.stride, self.token_dim = self.spec.stride, self.spec.dim
+        sizes = DECODERS[decoder] if isinstance(decoder, str) else decoder
+        self.name = encoder
+        self.spec = ENCODERS[encoder]
+        self.stride = self.spec.stride
         if image_size % self.stride:
             raise UserError(f"image size {image_size} misfits {encoder}: use a multiple of {self.stride}")
-        self.name, self.image_size, self.upsample = encoder, image_size, upsample
+        self.image_size = image_size
+        self.upsample = upsample
         self.config = dict(encoder=encoder, decoder=dict(sizes), image_size=image_size, upsample=upsample)
-        self.num_tokens, self.encoder = (image_size // self.stride) ** 2, None
-        if encoder_weights is not False:
-            self.load_encoder(encoder_weights)
-        self.decoder = Decoder(self.num_tokens, self.token_dim, patch=self.stride * upsample, **sizes)
+        self.num_tokens = (image_size // self.stride) ** 2  # N
+        self.token_dim = self.spec.dim  # D
+        self.data = None  # what it was trained on ...
+        self.step = None  # ... and how long; set by load_rae, where they are known
+
+        self.encoder = None
+        if self.spec.timm:
+            self.decoder = Decoder(self.num_tokens, self.token_dim, patch=self.stride * upsample, **sizes)
+        elif upsample == 1:
+            self.decoder = Patches(self.stride, backwards=True)  # exact: nothing to train
+        else:
+            raise UserError(f"{encoder} decodes its patches as they are: --upsample 1")
         self.register_buffer("mean", torch.zeros(self.num_tokens, self.token_dim))
         self.register_buffer("var", torch.ones(self.num_tokens, self.token_dim))
-        self.register_buffer("pixel_mean", torch.tensor(self.spec.pixels[0]).view(3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(self.spec.pixels[1]).view(3, 1, 1), persistent=False)
+        pixel_mean, pixel_std = torch.tensor(self.spec.pixels).view(2, 3, 1, 1)
+        self.register_buffer("pixel_mean", pixel_mean, persistent=False)
+        self.register_buffer("pixel_std", pixel_std, persistent=False)
 
-    def load_encoder(self, *args):
-        self.encoder = build_encoder(self.name, self.image_size, *args)
+    def load_encoder(self, weights=None, flag="--encoder-weights PATH"):
+        """Build the encoder from `weights` (see build_encoder); returns this autoencoder."""
+        self.encoder = build_encoder(self.name, self.image_size, weights, flag).to(self.mean.device)
+        return self
 
     @property
     def std(self):
-        return (self.var + 1e-5).sqrt()                                       # (N, D)
+        return (self.var + 1e-5).sqrt()  # (N, D)
 
     @torch.no_grad()
     def tokens(self, images):
         """images (B,3,H,W) in [0,1] -> layer-normed patch tokens (B,N,D), fp32 (TF32) under autocast too."""
+        if self.encoder is None:
+            raise UserError("this autoencoder was loaded for decoding only")
         if images.shape[-1] == self.image_size * self.upsample:
-            images = F.avg_pool2d(images, self.upsample)                  # as a data set of image_size has it
+            images = F.avg_pool2d(images, self.upsample)  # as a data set of image_size has it
         side = self.image_size // self.stride * self.spec.patch
         if images.shape[-2:] != (side, side):
             images = F.interpolate(images, (side, side), mode="bicubic", align_corners=False, antialias=False)
-        x = (images - self.pixel_mean) / self.pixel_std
-        if self.name == "pixel":
-            return patchify(x, self.spec.patch)
-        if self.encoder is None:
-            raise UserError("this autoencoder was loaded for decoding only")
-        with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
-            return self.encoder.forward_features(x)[:, self.encoder.num_prefix_tokens:]
+        return in_fp32(self.encoder)((images - self.pixel_mean) / self.pixel_std)
 
     def encode(self, images):
         """images (B,3,H,W) in [0,1] -> z (B,N,D), standardised per position and channel; deterministic."""
-        x = self.tokens(images)                                               # (B, N, D)
-        return (x - self.mean) / self.std
+        x = self.tokens(images)            # (B, N, D)
+        return (x - self.mean) / self.std  # z: (B, N, D)
 
     def decode(self, z, decoder=None):
         """z (B,N,D) -> images (B,3,H',W') around [0,1], unclamped; decoder: another (EMA, DDP) than ours."""
-        x = (decoder or self.decoder)(z * self.std + self.mean)               # (B, 3, H', W')
-        return x * self.pixel_std + self.pixel_mean
-
-    def encoder_flops(self):
-        """Forward FLOPs of the encoder for one image."""
-        with torch.device("meta"):
-            copy = RAE(**self.config, encoder_weights="random")
-            return count_flops(copy.tokens, torch.empty(1, 3, self.image_size, self.image_size))[0]
+        x = z * self.std + self.mean                 # (B, N, D)
+        x = (decoder or self.decoder)(x)             # (B, 3, H', W')
+        return x * self.pixel_std + self.pixel_mean  # in [0, 1], if it is right
 
 
-# Files: ours, the release's, the hub's
+# Files: ours, and the hub's
 
-HUB = "nyu-visionx/RAE-collections"
-RELEASED = {  #    encoder, image size, decoder and statistics in HUB
-    "dinov2_b":     ("dinov2_b", 256, "decoders/dinov2/wReg_base/ViTXL_n08/model.pt",
-                     "stats/dinov2/wReg_base/imagenet1k/stat.pt"),
-    "dinov2_b_512": ("dinov2_b", 512, "decoders/dinov2/wReg_base/ViTXL_n08_i512/model.pt",
-                     "stats/dinov2/wReg_base/imagenet1k_512/stat.pt"),
-    "siglip2_b":    ("siglip2_b", 256, "decoders/siglip2/base_p16_i256/ViTXL_n08/model.pt",
-                     "stats/siglip2/base_p16_i256/ImageNet1k/stat.pt"),
-    "mae_b":        ("mae_b", 256, "decoders/mae/base_p16/ViTXL_n08/model.pt",
-                     "stats/mae/base_p16/ImageNet1k/stat.pt"),
-}
-
-
-def fetch(repo, file, flag, folder=None):
-    """The local path of a hub file: in `folder`, under the same relative path, or through the hub's cache."""
-    if folder is not None:
-        if not Path(folder, file).is_file():
-            raise UserError(f"--weights {folder}: {file} of {repo} is expected under this relative path")
-        return Path(folder, file)
+def fetch(repo, file, flag):
+    """The local path of a hub file, through the hub's cache; without a network, a sentence that names `flag`,
+    which takes the file instead."""
     import huggingface_hub
     huggingface_hub.utils.logging.set_verbosity_error()  # the sentence below instead of every retry
     try:
@@ -531,132 +582,46 @@ def fetch(repo, file, flag, folder=None):
 
 
 def read_weights(path):
-    """What a .safetensors or torch file holds, read without running code from it."""
+    """What a .safetensors or torch file holds, read without running code from it. torch's own are mapped,
+    not read: eight ranks share one copy, and sampling never touches the optimiser's three quarters."""
     try:
         if Path(path).suffix == ".safetensors":
             from safetensors.torch import load_file
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        mapped = zipfile.is_zipfile(path)  # not before torch 1.6
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         if not isinstance(state, dict):
-            raise ValueError(f"it holds a {type(state).__name__}")
+            raise pickle.UnpicklingError(f"it holds a {type(state).__name__}")
         return state
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: no such file") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError,
-            AttributeError) as error:
-        raise UserError(f"{path} is no checkpoint that can be read without running code from it"
-                        f" ({type(error).__name__}: {str(error).splitlines()[0][:80]})") from None
+    except Exception as error:  # torch and safetensors have many kinds
+        foreign = isinstance(error, (pickle.UnpicklingError, KeyError, AttributeError, ValueError))
+        what = "is no checkpoint that can be read without running code from it" if foreign \
+            else "is cut short or damaged, copy or download it again"
+        raise UserError(f"{path} {what} ({type(error).__name__}: {str(error):.80})".splitlines()[0]) from None
+
+
+def unwrap(state):
+    """The state dict in a published file: bare, or wrapped in `ema` or `model`."""
+    return state.get("ema") or state.get("model") or state
 
 
 def load_strict(module, state, what):
     """load_state_dict, with one sentence that names the keys that are missing, foreign or misshapen."""
-    own = module.state_dict()
-    wrong = {"missing": own.keys() - state.keys(), "foreign": state.keys() - own.keys(),
-             "misshapen": {k for k in own if k in state and own[k].shape != getattr(state[k], "shape", 0)}}
-    if any(wrong.values()):
-        raise UserError(f"{what}: weights of another model: " + "; ".join(
-            f"{len(keys)} {kind} ({', '.join(sorted(keys)[:4])}{', ...' * (len(keys) > 4)})"
-            for kind, keys in wrong.items() if keys))
+    own = module.state_dict()  # names and shapes that are wanted
+    shape = {key: getattr(value, "shape", None) for key, value in state.items()}
+    wrong = {"missing": own.keys() - state.keys(),
+             "foreign": state.keys() - own.keys(),
+             "misshapen": {key for key in own.keys() & state.keys() if own[key].shape != shape[key]}}
+    said = []
+    for kind, keys in wrong.items():
+        if keys:
+            dots = ", ..." if len(keys) > 4 else ""
+            said.append(f"{len(keys)} {kind} ({', '.join(sorted(keys)[:4])}{dots})")
+    if said:
+        raise UserError(f"{what}: weights of another model: {'; '.join(said)}")
     module.load_state_dict(state)
-
-
-def from_release(state_dict):
-    """A released decoder's state dict -> Decoder's; only the fixed decoder_pos_embed may be absent."""
-    state = dict(state_dict)
-    position = state.pop("decoder_pos_embed", None)
-    if position is not None:
-        expected = F.pad(sincos_2d(math.isqrt(position.shape[1] - 1), position.shape[2]), (0, 0, 1, 0))
-        if not torch.allclose(position[0].float(), expected, atol=1e-4):
-            raise UserError("decoder_pos_embed of this file is not the fixed sin-cos embedding")
-    for old, new in (("trainable_cls_token", "cls_token"), ("decoder_embed", "embed"),
-                     ("decoder_layers", "blocks"), ("attention.attention.query", "qkv"),
-                     ("attention.output.dense", "proj"), ("intermediate.dense", "mlp.0"),
-                     ("output.dense", "mlp.2"), ("layernorm_before", "norm1"), ("layernorm_after", "norm2"),
-                     ("decoder_norm", "norm"), ("decoder_pred", "predict")):
-        state = {key.replace(old, new): value for key, value in state.items()}
-    for key in [key for key in state if ".qkv." in key]:            # query, key, value: one linear here
-        others = [key.replace("qkv", f"attention.attention.{part}") for part in ("key", "value")]
-        if all(other in state for other in others):
-            state[key] = torch.cat([state[key], *map(state.pop, others)])
-    return state
-
-
-def unwrap(state):
-    """The state dict in a released file: bare, or wrapped in `ema` or `model`."""
-    return state.get("ema") or state.get("model") or state
-
-
-def load_rae(path_or_name, device="cpu", encoder=None, decode_only=False, weights=None):
-    """An RAE for use (EMA decoder, eval mode): from our rae.pt or its run folder, release:NAME (files of the
-    hub or of the folder `weights`), or from a released decoder of `encoder`'s latents, stat.pt beside it."""
-    path = Path(path_or_name, "rae.pt") if Path(path_or_name).is_dir() else Path(path_or_name)
-    stat, name = path.parent / "stat.pt", str(path_or_name).removeprefix("release:")
-    if str(path_or_name).startswith("release:"):
-        if name not in RELEASED:
-            raise UserError(f"unknown release:{name}; there are release:{', release:'.join(RELEASED)}")
-        encoder, _, *files = RELEASED[name]
-        path, stat = (fetch(HUB, file, "--weights DIR", weights) for file in files)
-    saved = read_weights(path)
-    if "mean" in saved and "config" in saved:                                 # ours
-        rae, state = RAE(**saved["config"], encoder_weights=False), saved["ema"]
-        mean, var, encoder_weights = saved["mean"], saved["var"], saved["encoder"]
-    else:
-        if encoder not in ENCODERS:
-            raise UserError(f"{path} is no rae.pt; if it is a released decoder, say whose latents it"
-                            f" decodes: its shapes cannot tell (encoder = {', '.join(ENCODERS)})")
-        state, encoder_weights, stat = unwrap(saved), None, read_weights(stat)
-        mean, var = (None if stat.get(key) is None else stat[key].flatten(1).T for key in ("mean", "var"))
-        stride = ENCODERS[encoder].stride
-        rae = RAE(encoder, released_sizes(state, path), math.isqrt(len(var)) * stride,
-                  math.isqrt(len(state["decoder_pred.bias"]) // 3) // stride, encoder_weights=False)
-        state = from_release(state)
-    load_strict(rae.decoder, {key: value.float() for key, value in state.items()}, str(path))
-    rae.mean.copy_(0 if mean is None else mean), rae.var.copy_(var)
-    if not decode_only:
-        rae.load_encoder(encoder_weights, "--weights DIR", weights)
-    return rae.eval().requires_grad_(False).to(device)
-
-
-def released_sizes(state, path):
-    """A released decoder's sizes, read off its tensors; the presets know the heads."""
-    embed, predict = "decoder_embed.weight", "decoder_pred.bias"
-    mlp = "decoder_layers.0.intermediate.dense.bias"
-    if not {embed, predict, mlp} <= state.keys():
-        raise UserError(f"{path} is neither a rae.pt nor a released decoder: decoder_embed,"
-                        " decoder_pred or layers are missing")
-    width = len(state[embed])
-    heads = {sizes["width"]: sizes["heads"] for sizes in DECODERS.values()}.get(width, max(1, width // 64))
-    depth = len({key.split(".")[1] for key in state if key.startswith("decoder_layers.")})
-    return dict(width=width, depth=depth, heads=heads, mlp_hidden=len(state[mlp]))
-
-
-def save_checkpoint(path, **state):
-    """Write a checkpoint of plain types through a temporary file: a killed process leaves the last good one.
-    Whether it worked: a full disk is reported, and training goes on."""
-    path, temporary = Path(path), Path(f"{path}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            torch.save(dict(state, versions=dict(torch=str(torch.__version__), timm=timm.__version__)), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        if temporary.is_file():
-            temporary.unlink()
-        print(f"WARNING: {path} could not be written ({error}); the last good one stays,"
-              " the next save tries again", flush=True)
-        return False
-    return True
-
-
-def save_picture(images, path, nrow):
-    """Images (B,3,H,W) around [0,1] as a grid of `nrow` columns; a full disk costs the picture, no more."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_image(images.clamp(0, 1), path, nrow=nrow)
-    except OSError as error:
-        print(f"WARNING: {path} could not be written ({error})", flush=True)
 
 
 def newest(name):
@@ -664,122 +629,139 @@ def newest(name):
     return max(Path("out").glob(f"*/{name}"), key=os.path.getmtime, default=ROOT / "assets/demo" / name)
 
 
-# What both trainers do around their loops
+def locate(path_or_name, file):
+    """Where a run's `file` (rae.pt, dit.pt) is: the one place that knows what may be named as a run.
 
-LOST = 10     # so many steps in a row without a finite gradient end training
+    release:NAME, converted to our format when it is first used; a run's folder; or the file itself.
+    """
+    if str(path_or_name).startswith("release:"):
+        from assets.release import release
+        found = release(str(path_or_name).removeprefix("release:")) / file
+        if not found.is_file():
+            raise UserError(f"{path_or_name} has no {file}: python assets/release.py lists what is there")
+        return found
+    path = Path(path_or_name)
+    return path / file if path.is_dir() else path
+
+
+def load_rae(path_or_name, device="cpu", decode_only=False):
+    """An RAE for use (EMA decoder, eval mode): from a rae.pt, its run's folder or release:NAME; decode_only:
+    without its encoder, which sampling never needs."""
+    path = locate(path_or_name, "rae.pt")
+    saved = read_weights(path)
+    if not {"config", "mean", "var", "ema"} <= saved.keys():
+        raise UserError(f"{path} is no rae.pt, as train_decoder.py writes it (a dit.pt? a released file?"
+                        " `release:NAME` reads those)")
+    rae = RAE(**saved["config"])  # sizes; no weights as yet
+    load_strict(rae.decoder, {key: value.float() for key, value in saved["ema"].items()}, str(path))
+    rae.mean.copy_(saved["mean"])  # (N, D)
+    rae.var.copy_(saved["var"])    # (N, D)
+    rae.data = saved.get("data")
+    rae.step = saved.get("step")
+    if not decode_only:
+        rae.load_encoder(saved["encoder"], "`python assets/release.py NAME --from DIR`")
+    return rae.eval().requires_grad_(False).to(device)
+
+
+def default_data(rae):
+    """What an autoencoder was trained on; where it does not say, what its recipe takes."""
+    return rae.data or ("shapes" if rae.name.startswith("tiny") else "data/imagenet")
+
+
+def save_checkpoint(path, **state):
+    """Write a checkpoint of plain types through a temporary file: a killed process, or a full disk, leaves
+    the last good one."""
+    path = Path(path)
+    temporary = Path(f"{path}.tmp")
+    versions = dict(torch=str(torch.__version__), timm=timm.__version__)
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                torch.save(dict(state, versions=versions), file)
+                file.flush()             # from Python to the kernel ...
+                os.fsync(file.fileno())  # ... and to the disk, before the old one goes
+            os.replace(temporary, path)  # at once, or not at all
+        finally:
+            temporary.unlink(missing_ok=True)  # there only if something failed
+
+
+# Processes
 
 def start():
     """Join torchrun's process group, or make one of a single process: (device, rank, world size)."""
-    torch.set_float32_matmul_precision("high")                              # TF32 where there is such a thing
+    torch.set_float32_matmul_precision("high")  # TF32 where there is such a thing
     device = torch.device("cpu")
+    options = {}
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+        options["device_id"] = device
     if not dist.is_initialized():
-        alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **alone)
+        if "RANK" not in os.environ:
+            options |= dict(store=dist.HashStore(), rank=0, world_size=1)  # a group of one, no network
+        # While rank 0 saves or draws, the others wait: longer than NCCL's ten minutes, if it must be.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=1), **options)
+        atexit.register(leave)
     return device, dist.get_rank(), dist.get_world_size()
 
 
-def at_least(low, kind=int):
-    """An argparse type: a number that is not below `low`."""
-    def number(text):
-        if kind(text) < low:
-            raise argparse.ArgumentTypeError(f"{text} is out of range, it must be at least {low}")
-        return kind(text)
-    return number
+def leave():
+    """End the process group after everything that refers to it, at exit, however a script ended.
+
+    What ends gloo's threads must not hold the interpreter's lock, for which such a thread may wait: else the
+    finished run hangs for ever. A DDP wrapper that dies last holds it, and in torch 2.6 the group as well;
+    the Python object of the group's backend releases it. So that one has to be the last.
+    """
+    for name in ("last_exc", "last_value", "last_traceback"):  # an error's frames hold DDP
+        vars(sys).pop(name, None)
+    gc.collect()  # DDP and its hooks refer to each other
+    if dist.is_initialized():
+        kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+        backends = [dist.group.WORLD._get_backend(torch.device(kind)) for kind in kinds]
+        dist.destroy_process_group()
+        backends.clear()
 
 
-def best_dtype(device):
-    """bf16 where the hardware has it, else fp32."""
-    has = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" \
-        else torch.cpu.get_capabilities().get("avx512_bf16")
-    return "bf16" if has else "fp32"
-
-
-def count_flops(module, *inputs):
-    """Forward FLOPs, a multiply-add being two: (all, those of linear layers and convolutions)."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(*inputs)
-    ops = counter.get_flop_counts().get("Global", {})
-    return sum(ops.values()), sum(n for op, n in ops.items() if not re.search("bmm|attention", str(op)))
-
-
-def describe(what, module, *inputs):
-    """Print a meta module's parameters, compute and training memory; inputs: one image's."""
-    size, (full, linear) = sum(p.numel() for p in module.parameters()), count_flops(module, *inputs)
-    fixed = sum(value.numel() for value in module.state_dict().values()) - size
-    print(f"{what}: {(size + fixed) / 1e6:.1f} M parameters, {fixed / 1e6:.1f} M of them fixed\n"
-          f"{linear / 2e9:.1f} G multiply-adds per image without attention products (the paper's count),"
-          f" {full / 2e9:.1f} G with them = {full / 1e9:.1f} GFLOPs\n"
-          f"{size * 20 / 2**30:.1f} GiB in training: weights, gradients, two moments of AdamW and EMA,"
-          f" {size * 4 / 2**30:.1f} GiB each; activations come on top")
-
-
-def resume(path, fixed):
-    """(checkpoint, step) of this run's earlier start, or (None, 0); `fixed`: what must be as then."""
-    if not path.exists():
-        return None, 0
-    saved = read_weights(path)
-    if "optimizer" not in saved:
-        raise UserError(f"{path} is packed for use and cannot be resumed: name another --run")
-    if changed := [f"{key} was {saved['fixed'].get(key)}, is {value}" for key, value in fixed.items()
-                   if saved["fixed"].get(key) != value]:
-        raise UserError(f"{path} belongs to other settings ({'; '.join(changed)}):"
-                        " give them again, or another --run")
-    lines = path.parent / "log.jsonl"
-    if dist.get_rank() == 0 and lines.exists():  # later steps will be run, and logged, again
-        entries = [json.loads(line) for line in lines.read_text().splitlines() if line.endswith("}")]
-        lines.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries
-                                 if entry["stage"] != fixed["stage"] or entry["step"] <= saved["step"]))
-    return saved, saved["step"]
-
-
-def stop_signal():
-    """A flag (a CPU tensor) that SIGTERM and Ctrl-C raise; all-reduced, it stops all ranks."""
-    flag = torch.zeros(())
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: flag.fill_(1))
-    return flag
-
-
-def log(run, **values):
-    """One line to RUN/log.jsonl, and to the terminal; on rank 0."""
-    if dist.get_rank() == 0:
-        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        try:
-            Path(run).mkdir(parents=True, exist_ok=True)
-            with open(Path(run, "log.jsonl"), "a") as file:
-                file.write(json.dumps(values) + "\n")
-        except OSError as error:
-            print(f"WARNING: {run}/log.jsonl lacks the next line ({error})")
-        if "eta" in values:
-            values["eta"] = timedelta(seconds=round(values["eta"]))
-        print("  ".join(f"{key} {v:.4g}" if isinstance(v, float) else f"{key} {v}"
-                        for key, v in values.items() if v is not None), flush=True)
+def enlarged(images):
+    """Images (B,3,h,w) of few pixels, each pixel as a square, so that a person sees them."""
+    zoom = max(1, 96 // images.shape[-1])  # whole pixels: nothing is smoothed
+    return images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
 
 
 def main():
     parser = argparse.ArgumentParser(description="Reconstruct images with an RAE.")
     parser.add_argument("images", nargs="+", help="image files")
-    parser.add_argument("--run", default=newest("rae.pt"),
-                        help="run folder, rae.pt or release:NAME (default: %(default)s)")
-    parser.add_argument("--weights", help="folder with the released files, in place of the hub")
-    parser.add_argument("--out", default="reconstruction.png")
+    parser.add_argument("--run", help="run folder, rae.pt or release:NAME (default: the newest of out/, else"
+                        " the bundled demo)")
+    parser.add_argument("--out", default="reconstruction.png", help="the picture (default: %(default)s)")
     args = parser.parse_args()
-    rae = load_rae(args.run, "cuda" if torch.cuda.is_available() else "cpu", weights=args.weights)
+    args.run = args.run or newest("rae.pt")
+    check_picture(args.out)
+    rae = load_rae(args.run, "cuda" if torch.cuda.is_available() else "cpu")
+
     side = rae.image_size * rae.upsample
-    try:
-        images = [TF.to_tensor(center_crop(read_image(path), side)) for path in args.images]
-    except OSError as error:
-        raise UserError(f"cannot read an image: {error}") from None
-    images = torch.stack(images).to(rae.mean.device)                          # (B, 3, H, W)
+    images = []
+    for path in args.images:
+        try:
+            image = read_image(path)
+        except BROKEN as error:
+            raise UserError(f"cannot read {path}: {error}") from None
+        if min(image.size) < side:
+            print(f"WARNING: {path} has {image.width} x {image.height} pixels, and is enlarged to {side}")
+        images.append(TF.to_tensor(center_crop(image, side)))
+    images = torch.stack(images).to(rae.mean.device)  # (B, 3, H, W)
+
     with torch.no_grad():
-        copies = rae.decode(rae.encode(images)).clamp(0, 1)
+        copies = rae.decode(rae.encode(images)).clamp(0, 1)  # (B, 3, H, W)
     psnr = -10 * (images - copies).square().mean((1, 2, 3)).log10().mean()
-    save_image(torch.cat([images, copies]), args.out, nrow=len(images))
-    print(f"wrote {args.out}: originals above reconstructions by {args.run}, mean PSNR {psnr:.2f} dB over"
-          f" {len(images)} images. Next: python train_dit.py --rae {args.run}")
+    with writing(args.out):
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        save_image(enlarged(torch.cat([images, copies])), args.out, nrow=len(images))
+    trained = f", trained for {rae.step} steps" if rae.step else ""
+    print(f"wrote {args.out}: originals above reconstructions by {args.run}{trained}, mean PSNR {psnr:.2f} dB"
+          f" over {len(images)} images. Next: python fid.py --rae {args.run} --data {default_data(rae)}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Sampling: integrate a DiT's velocity from noise (t = 1) to latents (t = 0) by Euler steps, and decode them.
 
+    z <- z - (t - t') v(z, t),   v = v_other + scale (v - v_other) under guidance
+
     python sample.py                                     # the newest run or the bundled demo -> samples.png
     python sample.py --classes star heart --scale 1.5    # two classes, classifier-free guidance
     python sample.py --best-of 4                         # decodes the best of 4 latents by a linear probe
@@ -9,197 +11,282 @@ An image is a function of (seed, its index, the model), whatever the batch size 
 B images, N tokens, D channels of a token, y labels, v velocity. Source: arXiv 2510.11690, section 5.
 """
 import argparse
+import os
+import signal
+import sys
 import time
 import zipfile
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import save_image
 from tqdm import tqdm
 
-from rae import UserError, at_least, best_dtype, load_rae, mix, newest, normals, open_data, start
-from train_dit import RELEASED, load_dit, time_shift
+from fid import fit_probe, per_image
+from rae import (UserError, at_least, check_picture, default_data, enlarged, in_fp32, load_rae, mix, newest,
+                 normals, open_data, start, writing)
+from train_dit import DiT, conditional, euler, load_dit, sample_times
 
 
-def sample_times(steps, alpha):
-    """steps + 1 times from 1 to 0: the uniform grid, shifted as in training."""
-    return time_shift(torch.linspace(1, 0, steps + 1), alpha)
-
-
-def euler(velocity, z, times):
-    """Integrate dz/dt = velocity(z, t) over descending times (a CPU tensor): one evaluation per step."""
-    for t, t_next in zip(times[:-1], times[1:]):
-        z = z - (t - t_next) * velocity(z, t)
-    return z
-
+# Guidance
 
 def guided(model, y, scale=1.0, weak=None, interval=(0, 1)):
     """velocity(z, t) for the labels y (B,): plain (scale 1), classifier-free, or guided by a weaker model.
 
-    v_other + scale (v - v_other), v_other from the null label or from `weak`; outside `interval`: v.
+    v_other + scale (v - v_other), v_other from the null label, from `weak`, or, weak "self", from the model's
+    own base head, in the same pass; outside `interval`: v. What the other is worse at, the sum overdoes in
+    the better direction (AutoGuidance, Karras 2024).
     """
+    if weak == "self":
+        check_base_head(model)
+    plain = conditional(model, y)
+    inner = conditional(model, y, True) if weak == "self" else None  # v and base v, one pass
+    other = conditional(weak, y) if weak is not None and not inner else None
+    null = torch.full_like(y, model.num_classes)     # no class
+    both = conditional(model, torch.cat([y, null]))  # classifier-free: one pass, a batch of 2B
+
     def velocity(z, t):
-        time = t.to(z.device, z.dtype).expand(len(z))                         # (B,)
         if scale == 1 or not interval[0] <= float(t) <= interval[1]:
-            return model(z, time, y)
-        if weak is not None:
-            return torch.lerp(weak(z, time, y), model(z, time, y), scale)
-        null = torch.full_like(y, model.num_classes)
-        v, v_null = model(z.repeat(2, 1, 1), time.repeat(2), torch.cat([y, null])).chunk(2)   # a batch of 2B
+            return plain(z, t)
+        if inner:
+            v, v_base = inner(z, t)
+            return torch.lerp(v_base, v, scale)
+        if other:
+            return torch.lerp(other(z, t), plain(z, t), scale)
+        v, v_null = both(z.repeat(2, 1, 1), t).chunk(2)
         return torch.lerp(v_null, v, scale)
     return velocity
 
 
+def check_base_head(model):
+    """Refuse what cannot guide itself."""
+    if not getattr(model, "base_head", 0):
+        raise UserError("this model has no base head that could guide it: train one with train_dit.py"
+                        " --base-head, or name another --guide")
+
+
 @torch.no_grad()
-def generate(model, rae, labels, keys, alpha, steps=50, scale=1.0, weak=None, interval=(0, 1), dtype="fp32",
-             probe=None, best_of=1):
+def generate(model, rae, labels, keys, alpha, steps=50, scale=1.0, weak=None, interval=(0, 1), probe=None,
+             best_of=1):
     """labels (B,), keys (B,) -> images (B,3,H,W) in [0,1]; noise is drawn on the CPU for every device.
 
     best_of: so many latents for each image, of which the one is decoded that `probe`, tokens' means (M,D) ->
     logits (M,C), finds the likeliest of its label: latents are representations (arXiv 2601.16208).
     """
-    device, size = rae.mean.device, (rae.num_tokens, rae.token_dim)
-    keys = torch.stack([mix(keys, j) if j else keys for j in range(best_of)], 1).flatten()    # (B * best_of,)
-    labels = labels.to(device).repeat_interleave(best_of)
-    noise = normals(keys, size[0] * size[1], torch.device("cpu")).view(-1, *size).to(device)
-    velocity = guided(model, labels, scale, weak, interval)
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == "bf16")
-    with autocast():
-        z = euler(velocity, noise, sample_times(steps, alpha))                # (B * best_of, N, D), fp32
-    if best_of > 1:
-        fits = probe((z * rae.std + rae.mean).mean(1)).double().log_softmax(1)    # (B * best_of, C)
-        best = fits.gather(1, labels[:, None]).view(-1, best_of).argmax(1)
-        z = z.unflatten(0, (-1, best_of))[torch.arange(len(best), device=device), best]
-    with autocast():
-        return rae.decode(z).float().clamp(0, 1)
+    # Noise belongs to an image: drawn from its key, best_of draws in a row
+    device = rae.mean.device
+    if best_of > 1:  # the first of each is the only one without it
+        keys = torch.stack([keys] + [mix(keys, j) for j in range(1, best_of)], 1).flatten()
+        labels = labels.repeat_interleave(best_of)  # (B best_of,)
+    labels = labels.to(device)                      # (B best_of,)
+    noise = normals(keys, rae.num_tokens * rae.token_dim, torch.device("cpu"))
+    noise = noise.view(-1, rae.num_tokens, rae.token_dim).to(device)
+    z = euler(guided(model, labels, scale, weak, interval), noise, sample_times(steps, alpha))
 
+    # The probe was fitted to mean tokens of real images: generated latents are such tokens already
+    if best_of > 1:
+        means = (z * rae.std + rae.mean).mean(1)  # (B best_of, D)
+        fits = in_fp32(probe)(means).double().log_softmax(1)  # in bf16 a sure probe ties all
+        fits = fits.gather(1, labels[:, None]).view(-1, best_of)  # (B, best_of)
+        z = z.unflatten(0, (-1, best_of))  # (B, best_of, N, D)
+        z = z[torch.arange(len(z), device=device), fits.argmax(1)]
+    return rae.decode(z).float().clamp(0, 1)  # (B, 3, H, W)
+
+
+# Which classes
 
 def balanced_label(seed, index, num_classes):
     """Labels (B,) of image indices (B,): every block of num_classes indices is a shuffle of all classes,
     drawn from (seed, block); so the set is balanced and shuffled, and stays so if cut or made longer."""
     def shuffle(block):
-        return torch.randperm(num_classes, generator=torch.Generator().manual_seed(int(mix(seed, 1, block))))
+        generator = torch.Generator().manual_seed(int(mix(seed, 1, block)))
+        return torch.randperm(num_classes, generator=generator)
+
     blocks = {block: shuffle(block) for block in (index // num_classes).unique().tolist()}
     return torch.stack([blocks[i // num_classes][i % num_classes] for i in index.tolist()])
 
 
 def pick_classes(names, classes):
-    """Class names or indices given by the user -> indices; `none` -> the null class."""
+    """Class names or indices that a user gave -> indices; `none`: the null class; None: ten of them all."""
     if names == ["none"]:
         return [len(classes)]
-    known = {str(i): i for i in range(len(classes))} | {str(name): i for i, name in enumerate(classes)}
-    if unknown := [name for name in names if name not in known]:
+    known = {str(i): i for i in range(len(classes))}           # by index ...
+    known |= {str(name): i for i, name in enumerate(classes)}  # ... or by name, which wins
+    if names is None:
+        count = min(10, len(classes))
+        return [i * len(classes) // count for i in range(count)]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        dots = ", ..." if len(classes) > 10 else ""
         raise UserError(f"unknown class {', '.join(unknown)}: the model knows"
-                        f" {', '.join(map(str, classes[:10]))}{', ...' if len(classes) > 10 else ''},"
-                        f" or an index below {len(classes)}")
+                        f" {', '.join(map(str, classes[:10]))}{dots}, or an index below {len(classes)}")
     return [known[name] for name in names]
 
 
 def fit_to(rae, data, columns, device):
     """The probe of --best-of: a linear classifier of 50 images per class of `data`, and at least 10,000."""
-    from fid import fit_probe, per_image
     dataset = open_data(data, rae.image_size)
     if max(columns) >= len(dataset.classes):
         raise UserError(f"--best-of needs a class, and an image folder of the model's classes as --data:"
                         f" {data} has {len(dataset.classes)}")
-    pooled = lambda images: rae.tokens(images.float() / 255).mean(1)
-    return fit_probe(*per_image(dataset, pooled, 64, device, max(10_000, 50 * len(dataset.classes))))
+
+    def pooled(images):  # uint8 (b,3,H,W) -> (b,D)
+        return rae.tokens(images.float() / 255).mean(1)
+    count = max(10_000, 50 * len(dataset.classes))  # images to fit the probe to
+    return fit_probe(*per_image(dataset, pooled, 64, device, count))
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--run", help="run folder, dit.pt or release:NAME (default: newest in out/, else the bundled demo)")
-    add("--rae", help="autoencoder that decodes: run folder, rae.pt or release:NAME (default: the model's)")
-    add("--weights", help="folder with the released files, in place of the hub")
     add("--classes", nargs="+", help="names or indices; `none`: unconditional (default: all, of many ten)")
     add("--num", type=at_least(1), help="images in all (default: 8 per class; with --npz 50000)")
-    add("--npz", help="write this .npz for fid.py: class-balanced, shuffled, uint8 arr_0 (N,H,W,3)")
-    add("--out", default="samples.png", help="the grid's file: a column per class")
-    add("--steps", type=at_least(1), default=50, help="Euler steps = evaluations of the model")
-    add("--scale", type=float, help="guidance (default: 1, none; with --guide 1.42; a release's own)")
-    add("--guide", help="AutoGuidance by this model: run folder, dit.pt, release:NAME (else classifier-free)")
-    add("--interval", type=float, nargs=2, default=(0, 1), metavar=("LO", "HI"), help="guide at these times")
+    add("--out", help="the grid's file, a column per class (default: samples.png)")
+    add("--npz", help="instead of a grid, this .npz for fid.py: class-balanced, shuffled, uint8 (N,H,W,3)")
+    add("--steps", type=at_least(1), default=50, help="Euler steps = evaluations of the model (default: 50)")
+    add("--scale", type=at_least(0, float), help="guidance (default: 1, none; with --guide 1.42, self 1.78)")
+    add("--guide", help="AutoGuidance by this model: run folder, dit.pt, release:NAME; `self`: by the model's"
+        " base head (else classifier-free)")
+    add("--interval", type=at_least(0, float, 1), nargs=2, metavar=("LO", "HI"),
+        help="guide at these times alone, of 1 (noise) to 0 (default: 0 1)")
     add("--best-of", type=at_least(1), default=1, help="latents for each image; a linear probe picks one")
-    add("--data", help="labelled images for that probe (default: shapes for tiny, or data/imagenet)")
-    add("--seed", type=int, default=0)
+    add("--data", help="labelled images for that probe (default: the autoencoder's)")
+    add("--seed", type=at_least(0, int, 2 ** 62), default=0, help="of noise and labels (default: 0)")
     add("--batch", type=at_least(1), default=80, help="images at a time on each rank; changes no picture")
-    add("--dtype", choices=("fp32", "bf16"), help="default: bf16 on GPUs that have it, else fp32")
-    return parser.parse_args()
+    args = parser.parse_args(argv)
+    if args.interval and args.interval[0] > args.interval[1]:
+        parser.error(f"--interval {args.interval[0]} {args.interval[1]}: LO comes first, and is not above HI")
+    if args.npz and args.out:
+        parser.error("--out and --npz exclude each other: a grid, or an archive")
+    if args.npz and (Path(args.npz).is_dir() or Path(args.npz).suffix != ".npz"):
+        parser.error(f"--npz {args.npz}: give a file that ends in .npz")
+    args.out = args.out or "samples.png"
+    if not args.npz:
+        check_picture(args.out)
+    return args
+
+
+def load(args, device):
+    """(model, autoencoder, guiding model or None, scale); what does not fit together is found here."""
+    # The model, and what guides it: as given, or as the checkpoint brings along
+    run = str(args.run or newest("dit.pt"))
+    model = load_dit(run, device)
+    guide = args.guide
+    scale = args.scale
+    if guide is None and scale is None:  # what the checkpoint brings along
+        guide = model.guide
+        scale = model.scale
+    if scale is None:
+        scale = {None: 1.0, "self": 1.78}.get(guide, 1.42)  # the paper's, RAEv2's
+    if guide == "self":
+        check_base_head(model)
+    weak = load_dit(guide, device) if guide and guide != "self" else guide  # None, a model, or "self"
+    rae = load_rae(model.rae, device, decode_only=args.best_of == 1)
+
+    # Do they belong together?
+    made = model.config["tokens"], model.config["token_dim"]
+    if made != (rae.num_tokens, rae.token_dim):
+        raise UserError(f"{run} makes {made[0]} x {made[1]} latents, but {model.rae} decodes"
+                        f" {rae.num_tokens} x {rae.token_dim}")
+    same = ("tokens", "token_dim", "num_classes")
+    if isinstance(weak, DiT) and any(weak.config[key] != model.config[key] for key in same):
+        raise UserError(f"--guide {guide} and {run} differ in tokens, channels or classes")
+    unconditional = not model.classes or args.classes == ["none"]
+    if unconditional and scale != 1 and not weak:
+        raise UserError("classifier-free guidance needs classes: --classes none takes --scale 1 or --guide")
+    if not model.classes and args.classes and args.classes != ["none"]:
+        raise UserError(f"{run} was trained without labels: it has no --classes")
+    if scale != 1 and not weak and not model.label_dropout:
+        raise UserError(f"{run} was trained with --label-dropout 0: it has no null class to guide it")
+    if scale == 1 and args.interval:
+        raise UserError("--interval is about guidance: give --scale or --guide as well")
+    if dist.get_rank() == 0:
+        way = f"guidance {scale:g} by {guide or 'the null class'} in {list(args.interval or (0, 1))}"
+        trained = f" after {model.step} steps" if model.step else ""
+        print(f"{run}{trained}, with {model.rae}: {args.steps} evaluations,"
+              f" {way if scale != 1 else 'no guidance'}, best of {args.best_of}")
+    return model, rae, weak, scale
 
 
 def main():
     args = parse_args()
     device, rank, world = start()
-    run = str(args.run or newest("dit.pt"))
-    model = load_dit(run, device, weights=args.weights)
-    model.rae = args.rae or model.rae
-    rae = load_rae(model.rae, device, decode_only=args.best_of == 1, weights=args.weights)
-    guide, scale = args.guide, 1.42 if args.guide else 1.0
-    if run.removeprefix("release:") in RELEASED and args.scale is None and not guide:          # the paper's
-        guide, scale = f"{run}/weak", RELEASED[run[8:]][3]
-    scale = scale if args.scale is None else args.scale
-    weak = load_dit(guide, device, weights=args.weights) if guide else None
-    dtype = args.dtype or ("fp32" if device.type == "cpu" else best_dtype(device))
-    classes, latents = model.classes, (rae.num_tokens, rae.token_dim)
-    if (model.config["tokens"], model.config["token_dim"]) != latents:
-        raise UserError(f"{run} makes {model.config['tokens']} x {model.config['token_dim']} latents, but"
-                        f" {model.rae} decodes {latents[0]} x {latents[1]}")
-    if weak and any(weak.config[key] != model.config[key] for key in ("tokens", "token_dim", "num_classes")):
-        raise UserError(f"--guide {guide} and {run} differ in tokens, channels or classes")
-    spread = [str(i) for i in range(0, len(classes), max(1, len(classes) // 10))]
-    columns = pick_classes(args.classes or spread, classes) if classes else [model.num_classes]
-    if columns == [model.num_classes] and scale != 1 and not weak:
-        raise UserError("classifier-free guidance needs classes: --classes none takes --scale 1 or --guide")
-    num, probe = args.num or (50_000 if args.npz else 8 * len(columns)), None
-    if args.best_of > 1:
-        data = args.data or ("shapes" if rae.name == "tiny" else "data/imagenet")
-        probe = fit_to(rae, data, columns, device)
+    model, rae, weak, scale = load(args, device)
+    columns = pick_classes(args.classes, model.classes) if model.classes else [model.num_classes]
+    num = args.num or (50_000 if args.npz else 8 * len(columns))  # as FID is published
+    probe = fit_to(rae, args.data or default_data(rae), columns, device) if args.best_of > 1 else None
+
+    # A label and a key for every index, whoever makes it
+    indices = torch.arange(num)
+    if args.npz and model.classes and not args.classes:
+        labels = balanced_label(args.seed, indices, len(model.classes))  # 50 of each, if 50,000
+    else:
+        labels = torch.tensor(columns)[indices % len(columns)]
+    keys = mix(args.seed, 0, indices)  # part 1 shuffles labels
 
     # Every rank makes its share of the indices and writes it into one array on disk
     out = Path(args.npz or args.out)
-    pixels = Path(f"{out}.part.npy")
-    side = rae.image_size * rae.upsample
+    side = rae.image_size * rae.upsample  # of the pictures
+    begun = time.time()
+    number = torch.tensor(os.getpid())  # rank 0's: two commands may share --out
+    dist.broadcast(number, 0)
+    pixels = Path(f"{out}.{int(number)}.part.npy")
     if rank == 0:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        np.lib.format.open_memmap(pixels, "w+", np.uint8, (num, side, side, 3))
-        way = f"guidance {scale:g} by {guide or 'the null class'} in {list(args.interval)}"
-        way = way if scale != 1 else "no guidance"
-        print(f"{run} with {model.rae}: {num} images, {args.steps} steps, {way}, best of {args.best_of}")
+        with writing(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            np.lib.format.open_memmap(pixels, "w+", np.uint8, (num, side, side, 3))
+            if hasattr(os, "posix_fallocate"):  # where a full disk is found now, not in a mapped page
+                with open(pixels, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, pixels.stat().st_size)
     dist.barrier()
-    array, begun = np.lib.format.open_memmap(pixels, "r+"), time.time()
-    indices = torch.arange(num)
-    if args.npz and classes and not args.classes:
-        labels = balanced_label(args.seed, indices, len(classes))
-    else:
-        labels = torch.tensor(columns)[indices % len(columns)]
-    mine = indices.tensor_split(world)[rank]
-    parts = mine.split(max(1, args.batch // args.best_of)) if len(mine) else ()
-    for index in tqdm(parts, disable=rank > 0, unit="batch"):
-        images = generate(model, rae, labels[index], mix(args.seed, 0, index), model.alpha, args.steps, scale,
-                          weak, args.interval, dtype, probe, args.best_of)
-        array[index.numpy()] = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    array.flush()
-    dist.barrier()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that `finally` tidies up
+    try:
+        array = np.lib.format.open_memmap(pixels, "r+")
+        mine = indices.tensor_split(world)[rank]  # a stretch, perhaps empty
+        parts = mine.split(max(1, args.batch // args.best_of)) if len(mine) else ()
+        for index in tqdm(parts, disable=rank > 0, unit="batch"):
+            images = generate(model, rae, labels[index], keys[index], model.alpha, args.steps, scale, weak,
+                              args.interval or (0, 1), probe, args.best_of)
+            images = (images * 255).round().byte()  # (b, 3, H, W)
+            array[index.numpy()] = images.permute(0, 2, 3, 1).cpu().numpy()
+        array.flush()  # for rank 0 to read
+        dist.barrier()
+        if rank == 0:
+            with writing(out):
+                write(out, array, pixels, labels, len(columns), bool(args.npz))
+    finally:
+        if rank == 0:
+            pixels.unlink(missing_ok=True)  # also after an error
+    if rank == 0:
+        names = [str(model.classes[i]) if i < len(model.classes) else "no class" for i in columns]
+        what = f"{num} images" if args.npz else f"{num} images, columns {', '.join(names)}"
+        print(f"wrote {out}: {what}, in {time.time() - begun:.1f} s. Next: {next_command(args, rae)}")
 
-    if rank == 0:
-        if args.npz:                                                          # the array is archived as it is
-            with zipfile.ZipFile(out, "w") as archive:
-                archive.write(pixels, "arr_0.npy")
-                with archive.open("labels.npy", "w") as file:
-                    np.lib.format.write_array(file, labels.numpy())
-        else:
-            images = torch.from_numpy(np.array(array)).permute(0, 3, 1, 2).float() / 255
-            zoom = max(1, 96 // side)                                         # small pictures are enlarged
-            images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-            save_image(make_grid(images, nrow=len(columns)), out)
-        pixels.unlink()
-        after = f"python fid.py {out} REFERENCE" if args.npz else "python train_decoder.py --encoder tiny"
-        print(f"wrote {out}: {num} images in {time.time() - begun:.1f} s. Next: {after}")
-    dist.destroy_process_group()
+
+def write(out, array, pixels, labels, columns, archive):
+    """Images (N,H,W,3) on disk -> an .npz with labels, into which their file goes as it is; or a grid."""
+    if archive:
+        with zipfile.ZipFile(out, "w") as file:
+            file.write(pixels, "arr_0.npy")  # not compressed: fid.py maps it
+            with file.open("labels.npy", "w") as entry:
+                np.lib.format.write_array(entry, labels.numpy())  # for checks of their balance
+    else:
+        images = torch.from_numpy(np.array(array)).permute(0, 3, 1, 2).float() / 255
+        save_image(enlarged(images), out, nrow=columns)
+
+
+def next_command(args, rae):
+    """What a person would do now."""
+    if args.npz and rae.data == "shapes":
+        return f"python fid.py {args.npz} shapes/val --features tiny"
+    if args.npz:
+        return f"python fid.py {args.npz} REFERENCE"
+    if args.run or list(Path("out").glob("*/dit.pt")):
+        return f"python sample.py{f' --run {args.run}' if args.run else ''} --npz samples.npz --num 1000"
+    return "python train_decoder.py --encoder tiny"
 
 
 if __name__ == "__main__":

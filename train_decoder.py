@@ -2,19 +2,24 @@
 
     loss = L1(xh, x) + w_L LPIPS(xh, x) + w_G lambda GAN(xh),   xh = decode(encode(x) + noise)
 
-    python train_decoder.py --encoder tiny                            # shapes, on a laptop, in minutes
-    torchrun --nproc_per_node=8 train_decoder.py --encoder dinov2_b   # the paper's, on data/imagenet
+    python train_decoder.py --encoder tiny                               # shapes, on a laptop, in minutes
+    torchrun --nproc_per_node=8 -- train_decoder.py --encoder dinov2_b   # the paper's, on data/imagenet
 
 First the exact statistics of the latents, then the decoder. Starting the same command again resumes. The
 run's folder gets rae.pt, log.jsonl, samples/*.png (originals, reconstructions, those of noisy latents).
 x images, xh reconstructions, z latents (B,N,D). Source: arXiv 2510.11690, section 3 and appendix.
 """
 import argparse
+import fcntl
+import json
 import math
+import re
+import signal
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from copy import copy
-from functools import partial
+from datetime import timedelta
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -24,11 +29,15 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.utils import save_image
+from tqdm import tqdm
 
-from rae import (DECODERS, ENCODERS, LOST, RAE, Order, UserError, at_least, batches, best_dtype,
-                 build_encoder, count_flops, describe, in_order, load_rae, load_strict, log, mix, normals,
-                 open_data, open_val, resume, save_checkpoint, save_picture, spread, start,
-                 stop_signal)
+from fid import load_lpips, psnr, ssim
+from rae import (DECODERS, ENCODERS, RAE, UserError, at_least, build_encoder, default_data, good, in_fp32,
+                 in_order, load_rae, load_strict, mix, normals, open_data, open_val, quiet_worker,
+                 read_weights, save_checkpoint, start, worker_count, writing)
 
 
 # Latent statistics and noise
@@ -39,41 +48,61 @@ def latent_statistics(rae, dataset, batch, device, rank=0, world=1, workers=None
     centre crops; summed in float64, so that order, batch size and number of ranks do not matter."""
     sums = torch.zeros(2, rae.num_tokens, rae.token_dim, dtype=torch.float64, device=device)
     count = torch.zeros((), dtype=torch.float64, device=device)
-    for images, *_ in in_order(dataset, batch, device, rank, world, workers):
-        x = rae.tokens(torch.cat([images, images.flip(-1)])).double()         # (2B, N, D)
-        sums += torch.stack([x.sum(0), x.square().sum(0)])
-        count += len(x)
-    dist.all_reduce(sums), dist.all_reduce(count)
+    with tqdm(total=len(dataset), unit="image", disable=None if rank == 0 else True) as bar:
+        for images, *_ in in_order(dataset, batch, device, rank, world, workers):
+            both = torch.cat([images, images.flip(-1)])  # stage 2 mirrors at random
+            x = rae.tokens(both).double()                # (2 B, N, D)
+            sums += torch.stack([x.sum(0), x.square().sum(0)])
+            count += len(images)
+            bar.update(len(images) * world)
+    dist.all_reduce(sums)
+    dist.all_reduce(count)
     if not count:
         raise UserError("no image of the data set can be decoded")
-    mean = sums[0] / count
-    return mean.float(), (sums[1] / count - mean.square()).clamp(min=0).float()
+    lost = len(dataset) - int(count)  # broken files
+    if lost and rank == 0:
+        print(f"{lost} of {len(dataset)} images cannot be decoded")
+    mean, square = sums / (2 * count)  # E x, E x^2
+    return mean.float(), (square - mean.square()).clamp(min=0).float()
 
 
 def noise_augment(z, std, keys, tau, kind="halfnormal"):
     """z (B,N,D) + sigma * eps / std, that is noise sigma on the layer-normed tokens; one sigma per image:
-    |N(0, tau^2)| ("halfnormal", the paper) or tau * U(0,1) ("uniform", the release). keys (B,), std (N,D)."""
-    draws = normals(keys, z[0].numel() + 1, z.device)
-    u = draws[:, -1]
-    sigma = tau * (u.abs() if kind == "halfnormal" else torch.special.ndtr(u))                # (B,)
-    return z + sigma[:, None, None] * draws[:, :-1].view_as(z) / std
+    |N(0, tau^2)| ("halfnormal", the paper) or tau * U(0,1) ("uniform", the release). keys (B,), std (N,D).
+
+    Why: a DiT never hits a latent exactly. A decoder that has seen clouds around latents forgives that.
+    """
+    draws = normals(keys, z[0].numel() + 1, z.device)  # (B, N D + 1)
+    eps = draws[:, :-1].view_as(z)  # (B, N, D)
+    u = draws[:, -1]  # the image's own
+    sigma = tau * (u.abs() if kind == "halfnormal" else torch.special.ndtr(u))  # (B,)
+    return z + sigma[:, None, None] * eps / std
 
 
-# Losses
+# The adversary
 
 def augment(images, keys):
     """Differentiable augmentation of images (B,3,H,W) in [-1,1], drawn per image: translation up to 1/8 of
     the side, zeros outside, brightness + U(-.5,.5), saturation x U(0,2), contrast x U(.5,1.5)."""
     B, _, H, W = images.shape
-    u = torch.special.ndtr(normals(keys, 5, images.device))[:, :, None, None, None]      # (B, 5, 1, 1, 1)
+    device = images.device
+    u = torch.special.ndtr(normals(keys, 5, device))                       # (B, 5), uniform in (0, 1)
+    dy, dx, brightness, saturation, contrast = u.T[..., None, None, None]  # each (B, 1, 1, 1)
+
+    # Translation: a window of the padded image, cut out by each image's own rows and columns.
     reach = H // 8
-    shift = (u[:, :2] * (2 * reach + 1)).floor().long().clamp(max=2 * reach).view(B, 2, 1)    # 0 ... 2 reach
-    rows, columns = (torch.arange(side, device=images.device) + shift[:, i] for i, side in enumerate((H, W)))
-    padded, each = F.pad(images, (reach,) * 4).permute(0, 2, 3, 1), torch.arange(B, device=images.device)
-    x = padded[each[:, None, None], rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)   # (B, 3, H, W)
-    x = x + u[:, 2] - 0.5
-    x = torch.lerp(x.mean(1, keepdim=True), x, 2 * u[:, 3])
-    return torch.lerp(x.mean((1, 2, 3), keepdim=True), x, u[:, 4] + 0.5)
+    top = (dy * (2 * reach + 1)).floor().long().clamp(max=2 * reach)  # 0 ... 2 reach
+    left = (dx * (2 * reach + 1)).floor().long().clamp(max=2 * reach)
+    image = torch.arange(B, device=device)[:, None, None]
+    row = top[:, 0] + torch.arange(H, device=device)[:, None]  # (B, H, 1)
+    column = left[:, 0] + torch.arange(W, device=device)       # (B, 1, W)
+    padded = F.pad(images, (reach,) * 4).permute(0, 2, 3, 1)   # channels last
+    x = padded[image, row, column].permute(0, 3, 1, 2)         # (B, 3, H, W)
+
+    # Colour: the same map for every pixel, so that its gradient is exact.
+    x = x + brightness - 0.5
+    x = torch.lerp(x.mean(1, keepdim=True), x, 2 * saturation)
+    return torch.lerp(x.mean((1, 2, 3), keepdim=True), x, contrast + 0.5)
 
 
 class DiscriminatorHead(nn.Module):
@@ -81,15 +110,18 @@ class DiscriminatorHead(nn.Module):
     def __init__(self, channels):
         super().__init__()
         def layer(kernel):
-            return nn.Sequential(spectral_norm(nn.Conv1d(channels, channels, kernel, padding=kernel // 2,
-                                                         padding_mode="circular")),
-                                 nn.InstanceNorm1d(channels, eps=1e-6, affine=True), nn.LeakyReLU(0.2))
-        self.first, self.residual, self.last = layer(1), layer(9), spectral_norm(nn.Conv1d(channels, 1, 1))
+            conv = nn.Conv1d(channels, channels, kernel, padding=kernel // 2, padding_mode="circular")
+            norm = nn.InstanceNorm1d(channels, eps=1e-6, affine=True)  # each image's own statistics
+            return nn.Sequential(spectral_norm(conv), norm, nn.LeakyReLU(0.2))
+        self.first = layer(1)
+        self.residual = layer(9)
+        self.last = spectral_norm(nn.Conv1d(channels, 1, 1))
 
+    @in_fp32  # power iterations do not converge in bf16
     def forward(self, features):
-        x = self.first(features.mT)                                           # (B, C, N)
-        x = (self.residual(x) + x) / math.sqrt(2)
-        return self.last(x)[:, 0]
+        x = self.first(features.mT)                # (B, C, N)
+        x = (self.residual(x) + x) / math.sqrt(2)  # of variance 1 again
+        return self.last(x)[:, 0]                  # (B, N)
 
 
 class Discriminator(nn.Module):
@@ -101,21 +133,24 @@ class Discriminator(nn.Module):
         super().__init__()
         name = {"dino": "dino_s8", "tiny": "tiny"}[kind]
         spec = ENCODERS[name]
-        self.side, self.vit = spec.input, build_encoder(name, spec.image, weights, "--disc-weights PATH")
+        self.side = spec.input  # 224, or 32
+        self.vit = build_encoder(name, spec.image, weights, "--disc-weights PATH")
         for block in self.vit.blocks:
-            block.attn.fused_attn = torch.cuda.is_available()     # slow in bf16 on CPUs
-        depth = len(self.vit.blocks)
-        self.layers = [depth * i // 4 - 1 for i in range(1, 5)]               # 12 blocks: 2, 5, 8, 11
+            block.attn.fused_attn = torch.cuda.is_available()  # slow in bf16 on CPUs
+        depth = len(self.vit.blocks)  # 12, or 4
+        self.layers = [depth * i // 4 - 1 for i in range(1, 5)]  # of 12 blocks: 2, 5, 8, 11
         self.heads = nn.ModuleList(DiscriminatorHead(spec.dim) for _ in range(5))
-        self.register_buffer("pixel_mean", torch.tensor(spec.pixels[0]).view(3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(spec.pixels[1]).view(3, 1, 1), persistent=False)
+        pixel_mean, pixel_std = torch.tensor(spec.pixels).view(2, 3, 1, 1)
+        self.register_buffer("pixel_mean", pixel_mean, persistent=False)
+        self.register_buffer("pixel_std", pixel_std, persistent=False)
 
     def forward(self, images):
         x = F.interpolate(images, (self.side, self.side), mode="bilinear", align_corners=False)
         x = (x / 2 + 0.5 - self.pixel_mean) / self.pixel_std
         maps = self.vit.forward_intermediates(x, self.layers, norm=False, output_fmt="NLC",
-                                              intermediates_only=True)        # 4 x (B, N, C)
-        return torch.cat([head(m) for head, m in zip(self.heads, [maps[-1], *maps])], 1).float()
+                                              intermediates_only=True)  # 4 x (B, N, C)
+        maps = [maps[-1], *maps]  # 5 x (B, N, C)
+        return torch.cat([head(features) for head, features in zip(self.heads, maps)], 1)
 
 
 def hinge_loss(real, fake):
@@ -124,41 +159,486 @@ def hinge_loss(real, fake):
 
 
 def generator_loss(fake):
-    return -fake.mean()
+    """What the decoder minimises to be taken for real."""
+    return -fake.mean()  # no hinge: it may always gain
 
 
 def adaptive_weight(reconstruction_gradient, gan_gradient):
     """lambda = |grad reconstruction| / (|grad GAN| + 1e-6) in [0, 1e4], of gradients averaged over ranks."""
     for gradient in (reconstruction_gradient, gan_gradient):
-        dist.all_reduce(gradient)
+        dist.all_reduce(gradient)  # the same lambda on every rank
         gradient /= dist.get_world_size()
     return (reconstruction_gradient.norm() / (gan_gradient.norm() + 1e-6)).clamp(0, 1e4)
 
 
+def adversarial_backward(reconstruction, gan, copies, last, gan_weight):
+    """Gradient of reconstruction + w_G lambda GAN, for which the decoder is walked back once; lambda.
+
+    lambda makes both pull equally hard at the decoder's last layer, whose weight is `last`: no constant
+    could, since the reconstruction's gradient falls during training and the GAN's does not.
+    """
+    def at_last(gradient):  # (B, 3, H, W) -> last's shape
+        return torch.autograd.grad(copies, last, gradient, retain_graph=True)[0]
+
+    # Each loss network is walked back once, to the image; from there on the decoder only.
+    d_rec, = torch.autograd.grad(reconstruction, copies)  # (B, 3, H, W)
+    d_gan, = torch.autograd.grad(gan, copies)
+    weight = adaptive_weight(at_last(d_rec), at_last(d_gan))
+    copies.backward(d_rec + gan_weight * weight * d_gan)
+    return weight
+
+
+# The two halves of a training step: each images -> reconstruction -> loss -> gradients of a micro-batch
+
+def decoder_backward(rae, decoder, batch, args, autocast, perceptual=None, disc=None):
+    """The decoder's gradients; its losses, detached. batch: images, z, keys; disc: once the GAN is on."""
+    images, z, keys = batch
+
+    # Forward: the decoder sees latents that are somewhat off, and shall draw what they meant
+    with autocast():
+        noisy = noise_augment(z, rae.std, keys, args.tau, args.noise)  # (B, N, D)
+        copies = rae.decode(noisy, decoder)  # (B, 3, H, W)
+        l1 = F.l1_loss(copies, images)  # of images in [0, 1]
+        parts = dict(l1=l1)  # for the log
+        loss = l1
+        if perceptual:
+            parts["lpips"] = perceptual(copies * 2 - 1, images * 2 - 1).mean()
+            loss = loss + args.lpips_weight * parts["lpips"]
+        if disc:  # eval: no power iteration in this half
+            logits = disc.eval()(augment(copies * 2 - 1, mix(keys, 1)))
+            gan = generator_loss(logits)
+
+    # Backward: outside autocast, which would round the gradients of what is kept in fp32
+    if disc:
+        last = rae.decoder.predict.weight
+        weight = adversarial_backward(loss / args.accum, gan / args.accum, copies, last, args.gan_weight)
+        loss = loss + args.gan_weight * weight * gan
+        parts |= dict(gan=gan, gan_lambda=weight)
+    else:
+        (loss / args.accum).backward()
+    return {name: part.detach() for name, part in dict(loss=loss, **parts).items()}
+
+
+def discriminator_backward(rae, disc, batch, args, autocast):
+    """The discriminator's gradients, from real images and fresh reconstructions; its loss, detached."""
+    images, z, keys = batch
+
+    # What it compares: both sides are augmented, each with a draw of its own
+    with autocast(), torch.no_grad():
+        if args.disc_input == "noisy":
+            z = noise_augment(z, rae.std, mix(keys, 4), args.tau, args.noise)
+        copies = rae.decode(z).clamp(0, 1)
+        fakes = (copies * 255).round() / 255  # real ones are 8 bits too: it must not see that
+        real = augment(images * 2 - 1, mix(keys, 2))
+        fake = augment(fakes * 2 - 1, mix(keys, 3))
+
+    # One pass for both, so that they share the power iteration of the spectral norms
+    with autocast():
+        logits = disc.train()(torch.cat([real, fake]))  # (2 B, 5 N)
+        loss = hinge_loss(*logits.chunk(2))
+    (loss / args.accum).backward()
+    return dict(disc=loss.detach())
+
+
+def accumulate(meter, ddp, micros, backward):
+    """The gradients of all micro-batches; `backward` makes those of one, and returns its losses."""
+    for i, batch in enumerate(micros):
+        with synced(ddp, i == len(micros) - 1):
+            losses = backward(batch)
+        meter.add(1 / len(micros), **losses)
+
+
+# What every training loop here needs: data in a fixed order, steps, a log, and an end that can be resumed
+
+class Order(Sampler):
+    """Which images make up which batch: the data set is passed in permutations, one per (seed, epoch); step s
+    takes the places from s * batch on. Yields micro-batches [(index, key)], key = hash(seed, step, place)."""
+    def __init__(self, length, batch, accum=1, seed=0, step=0, rank=0, world=1):
+        self.length = length
+        self.batch = batch
+        self.accum = accum
+        self.seed = seed
+        self.step = step
+        self.rank = rank
+        self.world = world
+
+    def __iter__(self):
+        @lru_cache(2)  # a batch may reach into the next epoch
+        def permutation(epoch):
+            generator = torch.Generator().manual_seed(int(mix(self.seed, epoch)))
+            return torch.randperm(self.length, generator=generator).tolist()
+
+        size = self.batch // (self.accum * self.world)  # of a micro-batch
+        step = self.step
+        while True:
+            # Ranks and micro-batches cut the same batch into other pieces: keys go with places in it.
+            for micro in range(self.accum):
+                places = torch.arange(size) + (micro * self.world + self.rank) * size
+                keys = mix(self.seed, step, places).tolist()
+                positions = (step * self.batch + places).tolist()
+                yield [(permutation(position // self.length)[position % self.length], key)
+                       for position, key in zip(positions, keys)]
+            step += 1
+
+
+def batches(dataset, order, workers, device):
+    """Endless (images (b,3,H,W) in [0,1] and labels (b,) on the device, keys (b,) on the CPU)."""
+    loader = DataLoader(dataset, batch_sampler=order, num_workers=worker_count(dataset, workers),
+                        collate_fn=good, worker_init_fn=quiet_worker, pin_memory=device.type == "cuda")
+    for images, labels, keys in loader:
+        yield images.to(device, non_blocking=True).float() / 255, labels.to(device, non_blocking=True), keys
+
+
+def flags(description, recipes):
+    """(parser, add): what both trainers take. Flags that a recipe sets have no default of their own; their
+    help tells the recipes' values."""
+    parser = argparse.ArgumentParser(description=description, argument_default=argparse.SUPPRESS)
+
+    def add(name, help, **options):
+        key = name[2:].replace("-", "_")  # as argparse names it
+        default = recipes["paper"].get(key, options.get("default"))
+        said = [] if default is None or default is False else [f"default: {default}"]
+        said += [f"tiny: {recipes['tiny'][key]}"] if key in recipes["tiny"] else []
+        help += f" ({'; '.join(said)})" if said else ""
+        parser.add_argument(name, help=help.replace("%", "%%"), **options)
+
+    # what to train on, and where the run lives
+    positive = at_least(1e-12, float)
+    share = at_least(0, float, 1)
+    add("--run", default=None, help="run folder; started again, the same command resumes")
+    add("--data", default=None, help="image folder, or `shapes`")
+    add("--val", default=None, help="held-out images (default: DATA/val, or held-out shapes)")
+    add("--init", default=None, help="start from the weights of this run, file or release:NAME")
+    # how long, and how
+    add("--epochs", type=at_least(0, float), help="length of the schedule; an epoch of shapes: 50,000 images")
+    add("--steps", type=at_least(1), default=None, help="stop after so many optimiser steps, schedule kept")
+    add("--batch", type=at_least(1), help="images per optimiser step, over all ranks and accumulation")
+    add("--accum", type=at_least(1), default=1, help="micro-batches per optimiser step")
+    add("--lr", type=positive, help="AdamW's learning rate")
+    add("--warmup", type=at_least(0, float), help="epochs of linear warm-up")
+    add("--ema", type=share, help="decay of the weight average")
+    add("--seed", type=at_least(0, int, 2 ** 62), default=0, help="of weights, data order and every draw")
+    # the machine
+    add("--workers", type=at_least(0), default=None, help="loader processes per rank (default: by cores)")
+    add("--dtype", choices=("fp32", "bf16"), default=None, help="autocast (default: bf16 where it is fast)")
+    add("--compile", action="store_true", default=False, help="torch.compile of the blocks")
+    add("--save-every", type=at_least(1), help="steps between checkpoints and pictures")
+    add("--log-every", type=at_least(1), default=50, help="steps between lines of the log")
+    add("--describe", action="store_true", default=False, help="print parameters, FLOPs, memory, and stop")
+    return parser, add
+
+
+def with_recipe(args, recipes, encoder):
+    """What was given, and what the encoder's recipe says of the rest."""
+    recipe = recipes["tiny" if encoder.startswith("tiny") else "paper"]  # all small encoders share one
+    return argparse.Namespace(**{**recipe, **vars(args)})
+
+
+def length_of(args, dataset, world):
+    """(optimiser steps in an epoch, as a fraction; steps in the schedule; steps to run)."""
+    if args.batch % (world * args.accum):
+        raise UserError(f"--batch {args.batch} does not divide over {world} ranks x {args.accum} --accum")
+    epoch = len(dataset) / args.batch          # optimiser steps, not whole
+    schedule = math.ceil(args.epochs * epoch)  # where the learning rate ends
+    if dist.get_rank() == 0:
+        if epoch < 1:
+            print(f"WARNING: --batch {args.batch} is more than the {len(dataset)} images: each is in every"
+                  " step, some twice")
+        if args.warmup > args.epochs > 0:
+            print(f"WARNING: --warmup {args.warmup} epochs is longer than --epochs {args.epochs}: the"
+                  f" learning rate will not reach {args.lr}")
+        if args.steps and args.steps > schedule:
+            print(f"--steps {args.steps} is beyond the schedule, which ends at step {schedule}: more --epochs"
+                  " make it longer")
+    return epoch, schedule, min(schedule, args.steps or schedule)
+
+
+def claim(run):
+    """Lock the run's folder while this process lives (rank 0's): no work begins where nothing can be written,
+    or where another process trains already."""
+    if dist.get_rank():
+        return
+    with writing(run):
+        Path(run).mkdir(parents=True, exist_ok=True)
+        file = open(Path(run, ".lock"), "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+    except BlockingIOError:
+        raise UserError(f"another process is training in {run}: wait for it, or name another --run") from None
+    except OSError:
+        print(f"WARNING: {run} lies where files cannot be locked: train there with one command at a time")
+    claim.held = file  # an open file; closed, it would be free
+
+
+def resume(path, fixed):
+    """(checkpoint, step) of this run's earlier start, or (None, 0); `fixed`: what must be as then."""
+    # A folder that machines do not share would let them train apart, or hang at the first all-reduce.
+    saved = read_weights(path) if path.exists() else None
+    step = saved.get("step", 0) if saved else 0
+    steps = [None] * dist.get_world_size()
+    dist.all_gather_object(steps, step)
+    if len({*steps}) > 1:
+        raise UserError(f"ranks find {path} at different steps, {min(steps)} to {max(steps)}: the run's"
+                        " folder must be on a file system that all machines share")
+    if not saved:
+        return None, 0
+
+    # The same run? A checkpoint packed for use has no optimiser.
+    if "fixed" not in saved:
+        raise UserError(f"{path} is packed for use and cannot be resumed: name another --run")
+    then = {"predict": "v", "base_head": 0, **saved["fixed"]}  # older runs do not name these
+    then["data"] = Path(then["data"]).name                     # and name the data's place, which may change
+    changed = [f"{key} was {then.get(key)}, is {value}" for key, value in fixed.items()
+               if then.get(key) != value]
+    if changed:
+        raise UserError(f"{path} belongs to other settings ({'; '.join(changed)}):"
+                        " give them again, or another --run")
+
+    # Steps after the checkpoint will be run, and logged, again.
+    lines = path.parent / "log.jsonl"
+    if dist.get_rank() == 0 and lines.exists():
+        entries = [json.loads(line) for line in lines.read_text().splitlines() if line.endswith("}")]
+        kept = [entry for entry in entries if entry["stage"] != fixed["stage"] or entry["step"] <= step]
+        lines.write_text("".join(f"{json.dumps(entry)}\n" for entry in kept))
+    return saved, step
+
+
+def states(parts):
+    """{name: module or optimiser} -> their state dicts, for a checkpoint."""
+    return {name: part.state_dict() for name, part in parts.items()}
+
+
+def restore(parts, saved):
+    """What `states` saved, back into its parts; one that the checkpoint lacks begins anew (a late GAN)."""
+    for name, part in parts.items():
+        if isinstance(part, nn.Module) and saved.get(name) is not None:
+            load_strict(part, saved[name], name)
+        elif saved.get(name):
+            part.load_state_dict(saved[name])
+
+
+def stop_signal():
+    """A flag (a CPU tensor) that SIGTERM and Ctrl-C raise; see `any_rank`."""
+    flag = torch.zeros(())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: flag.fill_(1))
+    return flag
+
+
+def any_rank(flag):
+    """Whether the flag is up on any rank, so that all stop after the same step."""
+    flag = flag.clone()  # on the host: no device sync
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def apply_gradients(optimizer, lr, clip=0.0):
+    """One optimiser step, the gradients' norm clipped to `clip` (0: not). With a gradient that is not finite
+    the fused optimiser skips it, on the device: no sync. Whether that was so (a tensor, 1.0 or 0.0)."""
+    group = optimizer.param_groups[0]  # there is only one
+    group["lr"] = lr                   # a schedule is a function of the step
+    norm = nn.utils.get_total_norm([p.grad for p in group["params"] if p.grad is not None])
+    if clip:
+        nn.utils.clip_grads_with_norm_(group["params"], clip, norm)
+    optimizer.found_inf = (~norm.isfinite()).float()
+    optimizer.step()  # nothing, if found_inf
+    optimizer.zero_grad(set_to_none=True)
+    return optimizer.found_inf
+
+
+def synced(ddp, last):
+    """Gradients are averaged over ranks once for each optimiser step, in its last micro-batch."""
+    return nullcontext() if last else ddp.no_sync()
+
+
+def compile_blocks(module):
+    """torch.compile, block by block: the same code for each, and what lies between may be walked twice."""
+    for block in module.blocks:
+        block.compile()
+
+
+def distributed(module, autocast, *inputs):
+    """DDP around a module; its buffers are the same on every rank by themselves, and are not sent.
+
+    DDP orders its buckets by the first backward pass it sees: here, on `inputs`, before the loop, so that a
+    resumed run adds up its gradients in the same order as one that never stopped.
+    """
+    ddp = DistributedDataParallel(module, gradient_as_bucket_view=True)
+    ddp.broadcast_buffers = False
+    with autocast():
+        out = ddp(*inputs)
+    out.sum().backward()
+    ddp.zero_grad(set_to_none=True)
+    return ddp
+
+
+def absolute(data):
+    """A data set's name that holds in every working directory."""
+    return data if data == "shapes" else str(Path(data).resolve())
+
+
+def log(run, **values):
+    """One line to RUN/log.jsonl, and to the terminal; on rank 0."""
+    if dist.get_rank():
+        return
+    values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    with writing(Path(run, "log.jsonl")):
+        with open(Path(run, "log.jsonl"), "a") as file:
+            file.write(json.dumps(values) + "\n")
+    if "eta" in values:
+        values["eta"] = timedelta(seconds=round(values["eta"]))
+    words = [f"{key} {v:.4g}" if isinstance(v, float) else f"{key} {v}"
+             for key, v in values.items() if v is not None]
+    print("  ".join(words), flush=True)
+
+
+class Meter:
+    """The log's lines: means of named losses since the last one, speed, time left. All is kept on the device,
+    and fetched once for each line."""
+    lost_for_good = 10  # so many steps in a row that were skipped
+
+    def __init__(self, run, stage, step, total, batch, image_flops, device):
+        self.run = run
+        self.stage = stage
+        self.total = total
+        self.batch = batch
+        self.image_flops = image_flops
+        self.in_a_row = torch.zeros((), device=device)  # skipped steps
+        self.begin(step)
+
+    def begin(self, step):
+        self.since = step
+        self.clock = time.time()
+        self.sums = {}
+        self.counts = {}
+
+    def add(self, share=1.0, **values):
+        """share: of an optimiser step, for which these values stand. A loss that begins later has its mean
+        over fewer steps."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + share * value
+            self.counts[name] = self.counts.get(name, 0) + share
+
+    def skipped(self, flag):
+        self.add(skipped=flag)
+        self.in_a_row = (self.in_a_row + 1) * flag
+
+    @contextmanager
+    def paused(self):
+        """Saving and looking do not count as training time."""
+        before = time.time()
+        yield
+        self.clock += time.time() - before
+
+    def line(self, step, lr):
+        steps = step - self.since           # since the last line
+        seconds = time.time() - self.clock  # without pauses
+        sums = torch.stack([*self.sums.values(), self.in_a_row])
+        dist.all_reduce(sums)
+        *sums, in_a_row = (sums / dist.get_world_size()).tolist()  # the one device sync
+        means = {name: value / self.counts[name] for name, value in zip(self.sums, sums)}
+        skipped = round(means.pop("skipped") * steps)
+        rate = steps * self.batch / seconds  # over all ranks
+        log(self.run, stage=self.stage, step=step, total=self.total, **means, lr=lr, images_per_s=rate,
+            tflops=rate * self.image_flops / 1e12, skipped=skipped,
+            eta=(self.total - step) * seconds / steps)
+        if in_a_row >= self.lost_for_good:
+            raise UserError(f"step {step}: the last {in_a_row:.0f} had non-finite gradients and were skipped"
+                            f" ({means}); the checkpoint in {self.run} is the last good state: resume with a"
+                            " lower --lr, or with --dtype fp32")
+        self.begin(step)
+
+
+def save_picture(images, path, nrow):
+    """Images (B,3,H,W) around [0,1] as a grid of `nrow` columns."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_image(images.clamp(0, 1), path, nrow=nrow)
+
+
+def best_dtype(device):
+    """bf16 where the hardware has it, else fp32."""
+    if device.type == "cuda":
+        has = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has = torch.cpu.get_capabilities().get("avx512_bf16")
+    return "bf16" if has else "fp32"
+
+
+def arithmetic(dtype, device):
+    """(the --dtype that was given, or the best; a function that makes its autocast context)."""
+    dtype = dtype or best_dtype(device)
+    return dtype, partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == "bf16")
+
+
+def count_flops(module, *inputs):
+    """Forward FLOPs, a multiply-add being two: (all, those of linear layers and convolutions)."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(*inputs)
+    ops = counter.get_flop_counts().get("Global", {})
+    linear = {op: n for op, n in ops.items() if not re.search("bmm|attention", str(op))}  # the paper's count
+    return sum(ops.values()), sum(linear.values())
+
+
+def image_flops(rae, build, *inputs):
+    """FLOPs of one image in training: the encoder forward; forward and, twice that, backward the model that
+    `build` makes; inputs: one image's, on the meta device."""
+    with torch.device("meta"):
+        encoder = RAE(**rae.config).load_encoder("random").tokens
+        encoding, _ = count_flops(encoder, torch.empty(1, 3, rae.image_size, rae.image_size))
+        forward, _ = count_flops(build(), *inputs)
+    return encoding + 3 * forward
+
+
+def describe(what, module, *inputs):
+    """Print a meta module's parameters, compute and training memory; inputs: one image's."""
+    size = sum(p.numel() for p in module.parameters())  # what is trained
+    fixed = sum(value.numel() for value in module.state_dict().values()) - size
+    full, linear = count_flops(module, *inputs)
+    print(f"{what}: {(size + fixed) / 1e6:.4g} M parameters, {fixed / 1e6:.2g} M of them fixed\n"
+          f"{linear / 2e9:.4g} G multiply-adds per image without attention products (the paper's count),"
+          f" {full / 2e9:.4g} G with them = {full / 1e9:.4g} GFLOPs\n"
+          f"{size * 20 / 2**30:.3g} GiB in training: weights, gradients, two moments of AdamW and EMA,"
+          f" {size * 4 / 2**30:.3g} GiB each; activations come on top")
+
+
 # Evaluation
 
-NOISES = (0, 0.1, 0.2, 0.4)    # of the latents, on top of exact ones
+NOISES = (0, 0.1, 0.2, 0.4)  # of the latents, on top of exact ones
 
 @torch.no_grad()
-def evaluate(rae, decoder, dataset, perceptual, device, rank=0, world=1, batch=64, most=2048):
+def evaluate(rae, decoder, dataset, perceptual, device, rank=0, world=1, workers=None, batch=64, most=2048):
     """PSNR, SSIM and LPIPS (None without its network) of held-out reconstructions, of z itself and of z +
     sigma noise, the errors a sampler leaves ("psnr@0.2"), over at most `most` images; noise by image."""
-    from fid import psnr, ssim
-    sums = torch.zeros(len(NOISES), 4, dtype=torch.float64, device=device)    # psnr, ssim, lpips, n
-    for images, _, indices in in_order(dataset, batch, device, rank, world, most=most):
+    sums = torch.zeros(len(NOISES), 3, dtype=torch.float64, device=device)  # psnr, ssim, lpips
+    count = torch.zeros((), dtype=torch.float64, device=device)
+    for images, _, numbers in in_order(dataset, batch, device, rank, world, workers, most):
         z = rae.encode(images)
-        eps = normals(mix(0, 2, indices), z[0].numel(), device).view_as(z)
+        eps = normals(mix(0, 2, numbers), z[0].numel(), device).view_as(z)
         for row, sigma in zip(sums, NOISES):
-            copies = (rae.decode(z + sigma * eps, decoder).clamp(0, 1) * 255).round() / 255
-            distance = perceptual(copies * 2 - 1, images * 2 - 1).sum() if perceptual else 0
-            row[:2] += torch.stack([psnr(copies, images).sum(), ssim(copies, images).sum()])
-            row[2] += distance
-            row[3] += len(z)
+            copies = rae.decode(z + sigma * eps, decoder).clamp(0, 1)
+            copies = (copies * 255).round() / 255  # as a file of 8 bits would hold them
+            row[0] += psnr(copies, images).sum()
+            row[1] += ssim(copies, images).sum()
+            if perceptual:
+                row[2] += perceptual(copies * 2 - 1, images * 2 - 1).sum()
+        count += len(z)  # broken files are not counted
     dist.all_reduce(sums)
-    values = sums[:, :3] / sums[:, 3:]
-    return {f"{name}@{sigma}" if sigma else name: None if name == "lpips" and not perceptual else value
-            for sigma, row in zip(NOISES, values.tolist())
-            for name, value in zip(("psnr", "ssim", "lpips"), row)}
+    dist.all_reduce(count)
+    found = dict(n=int(count))
+    for sigma, row in zip(NOISES, (sums / count).tolist()):
+        at = f"@{sigma}" if sigma else ""
+        for name, value in zip(("psnr", "ssim", "lpips"), row):
+            found[name + at] = value if perceptual or name != "lpips" else None
+    return found
+
+
+@torch.no_grad()
+def picture(rae, decoder, images):
+    """Rows of originals, reconstructions, and reconstructions of latents with noise 0.4."""
+    z = rae.encode(images)
+    eps = normals(torch.arange(len(z)), z[0].numel(), z.device).view_as(z)
+    return torch.cat([images, rae.decode(z, decoder), rae.decode(z + 0.4 * eps, decoder)])
 
 
 # Training
@@ -173,263 +653,188 @@ RECIPES = {  # the paper's for its encoders, and one for a laptop; flags overrid
 }
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
-    add = parser.add_argument
+def learning_rate(step, peak, warmup, length):
+    """Linear over the first `warmup` steps, then half a cosine to a tenth of the peak at `length`."""
+    rising = min(1, (step + 1) / max(warmup, 1))  # the first step counts as one
+    progress = min(max((step - warmup) / max(length - warmup, 1), 0), 1)  # 0 ... 1
+    return peak * rising * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+def parse_args(argv=None):
+    parser, add = flags(__doc__.split("\n")[0], RECIPES)
+    amount = at_least(0, float)
+    # the autoencoder
     add("--encoder", default="dinov2_b", help=f"one of {', '.join(ENCODERS)}")
     add("--encoder-weights", default=None, help="its weights from a file, or `random` (mechanics only)")
-    add("--run", default=None, help="run folder (default: out/ENCODER)")
-    add("--data", default=None, help="image folder or `shapes` (default: shapes for tiny, or data/imagenet)")
-    add("--val", default=None, help="held-out images, not trained on (default: DATA/val or held-out shapes)")
-    add("--init", default=None, help="start from this decoder: rae.pt, a released file or release:NAME")
-    add("--weights", default=None, help="folder with the released files, in place of the hub")
-    # autoencoder
     add("--image-size", type=at_least(1), help="side of the images the encoder sees")
     add("--upsample", type=at_least(1), default=1, help="decode at so many times that side, same tokens")
     add("--decoder", help=f"one of {', '.join(DECODERS)}")
-    # losses
-    add("--tau", type=at_least(0, float), help="strength of the noise on the latents")
+    # the losses
+    add("--tau", type=amount, help="strength of the noise on the latents")
     add("--noise", choices=("halfnormal", "uniform"), default="halfnormal", help="|N(0,tau^2)| or tau U(0,1)")
-    add("--lpips-weight", type=at_least(0, float), help="0 needs no download")
+    add("--lpips-weight", type=amount, help="0 needs no download")
     add("--lpips-vgg", default=None, help="VGG16 weights of LPIPS from a file, or `random` (mechanics only)")
-    add("--gan-weight", type=at_least(0, float), help="0: no discriminator")
+    add("--gan-weight", type=amount, help="0: no discriminator")
     add("--disc", choices=("dino", "tiny"), help="features of the discriminator")
     add("--disc-weights", default=None, help="their weights from a file, or `random`")
     add("--disc-input", choices=("clean", "noisy"), default="clean", help="latents it sees decoded")
-    add("--disc-start", type=at_least(0, float), help="epoch from which the discriminator is trained")
-    add("--gan-start", type=at_least(0, float), help="epoch from which the decoder sees it")
-    # optimisation
-    add("--epochs", type=at_least(0, float), help="length of the schedule; 1 epoch of shapes: 50,000 images")
-    add("--steps", type=at_least(1), default=None, help="stop after so many optimiser steps, schedule kept")
-    add("--batch", type=at_least(1), help="images per optimiser step, over all ranks and accumulation")
-    add("--accum", type=at_least(1), default=1, help="micro-batches per optimiser step")
-    add("--lr", type=float, help="AdamW's learning rate, falling to a tenth along a cosine")
-    add("--warmup", type=at_least(0, float), help="epochs of linear warm-up")
-    add("--ema", type=float, help="decay of the weight average")
-    add("--seed", type=int, default=0, help="of weights, data order, crops and noise")
-    # machine
-    add("--workers", type=at_least(0), default=None, help="loader processes per rank (default: by cores)")
-    add("--dtype", choices=("fp32", "bf16"), default=None, help="autocast (default: bf16 where it is fast)")
-    add("--compile", action="store_true", default=False, help="torch.compile")
-    add("--save-every", type=at_least(1), help="steps between checkpoints, evaluations and pictures")
-    add("--log-every", type=at_least(1), default=50, help="steps between lines of the log")
-    add("--describe", action="store_true", default=False, help="print parameters, FLOPs and memory, and stop")
-    args = parser.parse_args()
-    return argparse.Namespace(**{**RECIPES["tiny" if args.encoder == "tiny" else "paper"], **vars(args)})
+    add("--disc-start", type=amount, help="epoch from which the discriminator is trained")
+    add("--gan-start", type=amount, help="epoch from which the decoder sees it")
+    args = parser.parse_args(argv)
+    args = with_recipe(args, RECIPES, args.encoder)
+    if args.gan_weight and args.gan_start < args.disc_start:
+        raise UserError(f"--gan-start {args.gan_start} comes before --disc-start {args.disc_start}: the"
+                        " decoder would follow an untrained discriminator")
+    if args.image_size * args.upsample < 11:
+        raise UserError(f"--image-size {args.image_size}: SSIM, with which runs are judged, needs 11 pixels")
+    return args
 
 
 def main():
     args = parse_args()
     device, rank, world = start()
     say = print if rank == 0 else lambda *_: None
-    if args.describe:
-        with torch.device("meta"):
-            rae = RAE(args.encoder, args.decoder, args.image_size, args.upsample, False)
-            z = torch.empty(1, rae.num_tokens, rae.token_dim)
-            return rank or describe(f"decoder {args.decoder}", rae.decoder, z)
 
-    # What can be wrong or must be downloaded comes first: sizes, data, an earlier start, loss networks
-    torch.manual_seed(args.seed)
-    rae = RAE(args.encoder, args.decoder, args.image_size, args.upsample, encoder_weights=False)
-    data = args.data or ("shapes" if args.encoder == "tiny" else "data/imagenet")
-    size = args.image_size * args.upsample
-    dataset, held_out = open_data(data, size, crop=True), open_val(args.val, data, size)
-    if args.batch % (world * args.accum):
-        raise UserError(f"--batch {args.batch} does not divide over {world} ranks x {args.accum} --accum")
-    run, epoch = Path(args.run or f"out/{args.encoder}"), len(dataset) / args.batch      # optimiser steps
-    schedule = math.ceil(args.epochs * epoch)
-    total = min(schedule, args.steps or schedule)
-    fixed = dict(rae.config, stage=1, seed=args.seed, batch=args.batch, data=data, images=len(dataset),
-                 tau=args.tau, noise=args.noise)
+    # The autoencoder, as yet without weights
+    torch.manual_seed(args.seed)  # of the decoder's weights
+    with torch.device("meta") if args.describe else nullcontext():
+        rae = RAE(args.encoder, args.decoder, args.image_size, args.upsample)
+        one_latent = torch.empty(1, rae.num_tokens, rae.token_dim, device="meta")
+    if args.describe:
+        if rank == 0:
+            describe(f"decoder {args.decoder}", rae.decoder, one_latent)
+        return
+    decoder = rae.decoder
+    pixels = not list(decoder.parameters())  # decoding them is encoding backwards, exactly
+    if pixels:
+        args.epochs = args.lpips_weight = args.gan_weight = 0
+
+    # The data, and the length of the run
+    data = absolute(args.data or default_data(rae))
+    size = args.image_size * args.upsample  # of the images, and of their copies
+    dataset = open_data(data, size, crop=True)
+    held_out = open_val(args.val, data, size)
+    still = copy(dataset)
+    still.train = False  # centre crops
+    epoch, schedule, total = length_of(args, dataset, world)
+    disc_begin = math.ceil(args.disc_start * epoch)  # a step
+    gan_begin = math.ceil(args.gan_start * epoch)
+    micro = args.batch // (world * args.accum)  # images of a rank at a time
+
+    # The run's folder, and where an earlier start left it
+    run = Path(args.run or f"out/{args.encoder}")
+    claim(run)
+    fixed = dict(rae.config, stage=1, seed=args.seed, batch=args.batch, data=Path(data).name,
+                 images=len(dataset), tau=args.tau, noise=args.noise)
     saved, step = resume(run / "rae.pt", fixed)
     if saved and step >= total:
         return say(f"{run}/rae.pt is at step {step} of {total}: finished; more --epochs or --steps extend it")
-    kept = bool(saved and saved["encoder"])
-    weights = saved["encoder"] if kept else args.encoder_weights
-    rae.load_encoder(weights, "--encoder-weights PATH", args.weights)
-    rae.to(device)
-    if args.encoder_weights == "random":
-        say("WARNING: random encoder weights: good for tests and timings, useless for anything else")
-    gan = args.gan_weight > 0 and args.disc_start * epoch < total
-    if args.lpips_weight:
-        from fid import load_lpips
+
+    # Networks that are not trained, found before the long work; the hub gives back what rae.pt leaves out
+    weights = (saved["encoder"] if saved else None) or args.encoder_weights
+    rae.load_encoder(weights).to(device)
+    keep = bool(weights) or args.encoder.startswith("tiny")
     perceptual = load_lpips(device, args.lpips_vgg) if args.lpips_weight else None
-    disc = Discriminator(args.disc, args.disc_weights).to(device) if gan else None
-
-    # Decoder, weight average, optimisers
-    decoder, last = rae.decoder, rae.decoder.predict.weight
-    if args.init and not saved:
-        other = load_rae(args.init, encoder=args.encoder, decode_only=True, weights=args.weights)
-        load_strict(decoder, other.decoder.state_dict(), f"--init {args.init}")
-    ema = ModelEmaV3(decoder, decay=args.ema)
-    adamw = partial(torch.optim.AdamW, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    optimizer, disc_optimizer = adamw(decoder.parameters()), adamw(disc.heads.parameters()) if gan else None
-    if saved:
-        load_strict(decoder, saved["model"], "model"), load_strict(ema.module, saved["ema"], "ema")
-        rae.mean.copy_(saved["mean"]), rae.var.copy_(saved["var"])
-        optimizer.load_state_dict(saved["optimizer"])
-        if gan and saved["disc"]:
-            load_strict(disc.heads, saved["disc"], "discriminator")
-            disc_optimizer.load_state_dict(saved["disc_optimizer"])
-    wrap = partial(DistributedDataParallel, gradient_as_bucket_view=True)
-    if args.compile:                  # not `predict`: its gradient is asked for more than once, for lambda
-        for block in decoder.blocks:
-            block.compile()
-    ddp, ddp_disc = wrap(decoder), wrap(disc) if gan else None
-
-    def save():
-        """Whether it worked, on rank 0."""
-        keep = args.encoder == "tiny" or args.encoder_weights or kept         # the hub gives back the others
-        return rank or save_checkpoint(
-            run / "rae.pt", config=rae.config, fixed=fixed, step=step, mean=rae.mean, var=rae.var,
-            model=decoder.state_dict(), ema=ema.module.state_dict(), optimizer=optimizer.state_dict(),
-            encoder=rae.encoder.state_dict() if keep else None, disc=disc.heads.state_dict() if gan else None,
-            disc_optimizer=disc_optimizer.state_dict() if gan else None)
+    has_disc = args.gan_weight > 0 and disc_begin < total
+    disc = Discriminator(args.disc, args.disc_weights).to(device) if has_disc else None
 
     # Latent statistics, once
-    still = copy(dataset)
-    still.train = False                                                       # centre crops
-    if not saved:
-        begun = time.time()
+    if saved:
+        mean, var = saved["mean"], saved["var"]
+    else:
         say(f"{run}: latent statistics of {args.encoder} over {len(dataset)} images of {data}, mirrored too")
-        micro = args.batch // (world * args.accum)
         mean, var = latent_statistics(rae, still, micro, device, rank, world, args.workers)
-        rae.mean.copy_(mean), rae.var.copy_(var)
-        broken = dataset.broken.int()
-        dist.all_reduce(broken)
-        dataset.broken |= broken.bool()                                       # named once, on whatever rank
-        say(f"statistics took {time.time() - begun:.0f} s" + (
-            f"; {int(broken.sum())} of {len(dataset)} images cannot be decoded" if broken.any() else ""))
-        save()
-    del saved
-    shown = held_out or still
-    pictures = torch.stack([shown[i, i][0] for i in spread(len(shown), 10)])
-    pictures = pictures.to(device).float() / 255                              # (10, 3, H, W)
+    rae.mean.copy_(mean)
+    rae.var.copy_(var)
 
-    dtype = args.dtype or best_dtype(device)
+    def save(**parts):
+        if rank == 0:
+            encoder = rae.encoder.state_dict() if keep else None
+            save_checkpoint(run / "rae.pt", config=rae.config, fixed=fixed, data=data, step=step,
+                            mean=rae.mean, var=rae.var, encoder=encoder, **states(parts))
+
+    if pixels:
+        save(model=decoder, ema=decoder)
+        return say(f"wrote {run}/rae.pt: statistics alone, pixels are decoded as they are encoded, backwards."
+                   f" Next: python train_dit.py --run {run}")
+
+    # Weights, their average, optimisers: new, from --init, or as an earlier start left them
+    if args.init and not saved:
+        other = load_rae(args.init, decode_only=True).decoder
+        load_strict(decoder, other.state_dict(), f"--init {args.init}")
+    ema = ModelEmaV3(decoder, decay=args.ema)
+    adamw = partial(torch.optim.AdamW, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer = adamw(decoder.parameters())
+    parts = dict(model=decoder, ema=ema.module, optimizer=optimizer)
+    if disc:
+        disc_optimizer = adamw(disc.heads.parameters())
+        parts |= dict(disc=disc.heads, disc_optimizer=disc_optimizer)
+    if saved:
+        if disc and step > disc_begin and not saved.get("disc"):
+            raise UserError(f"{run} went on without its discriminator: go on so, with --gan-weight 0")
+        restore(parts, saved)
+    else:
+        save(**parts)  # the statistics, which take long
+    saved = None
+    shown, *_ = next(in_order(held_out or still, 10, device, workers=0, most=10))  # (10, 3, H, W)
+
+    # Arithmetic, ranks, and the order of the images
+    dtype, autocast = arithmetic(args.dtype, device)
+    if args.compile:  # not `predict`: its gradient is asked for more than once, for lambda
+        compile_blocks(decoder)
+    ddp = distributed(decoder, autocast, torch.zeros(micro, *one_latent.shape[1:], device=device))
+    if disc:
+        ddp_disc = distributed(disc.eval(), autocast, torch.zeros(2 * micro, 3, size, size, device=device))
     order = Order(len(dataset), args.batch, args.accum, args.seed, step, rank, world)
     loader = batches(dataset, order, args.workers, device)
-    with torch.device("meta"):
-        copy_of_decoder = RAE(**rae.config, encoder_weights=False).decoder
-        flops, _ = count_flops(copy_of_decoder, torch.empty(1, rae.num_tokens, rae.token_dim))
-        image_flops = rae.encoder_flops() + 3 * flops                         # one forward, two backward
+    flops = image_flops(rae, lambda: RAE(**rae.config).decoder, one_latent)
+    meter = Meter(run, 1, step, total, args.batch, flops, device)
     say(f"{run}: decoder of {sum(p.numel() for p in decoder.parameters()) / 1e6:.1f} M parameters on"
         f" {rae.num_tokens} x {rae.token_dim} latents of {args.encoder}; {data}: {len(dataset)} images of"
         f" {size} px; {dtype}, {world} x {device.type}, steps {step} to {total}")
 
-    def learning_rate(at, length):                                           # warm-up, then cosine to a tenth
-        warmup = args.warmup * epoch
-        progress = min(max((at - warmup) / max(length - warmup, 1), 0), 1)
-        return args.lr * min(1, (at + 1) / max(warmup, 1)) * (0.55 + 0.45 * math.cos(math.pi * progress))
-
-    # DDP orders its buckets by the first backward: done here, so that resuming is exact
-    micro = args.batch // (world * args.accum)
-    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
-        ddp(torch.zeros(micro, rae.num_tokens, rae.token_dim, device=device)).sum().backward()
-        if gan:
-            ddp_disc.eval()(torch.zeros(2 * micro, 3, size, size, device=device)).sum().backward()
-            disc_optimizer.zero_grad(set_to_none=True)
-    optimizer.zero_grad(set_to_none=True)
-
-    asked, stop, written, since, clock = stop_signal(), False, True, step, time.time()
-    sums = torch.zeros(8, device=device)      # loss, l1, lpips, gan, lambda, disc, skipped, skipped in a row
+    # The loop, in optimiser steps
+    asked = stop_signal()  # SIGTERM, Ctrl-C
+    stop = False
     while step < total and not stop:
-        disc_on, gan_on = (gan and step >= start * epoch for start in (args.disc_start, args.gan_start))
-        loaded = (next(loader) for _ in range(args.accum))
-        micros = [(images, rae.encode(images), keys) for images, _, keys in loaded]          # z: (B, N, D)
+        micros = []
+        for _ in range(args.accum):
+            images, _, keys = next(loader)
+            micros.append((images, rae.encode(images), keys))  # z: (B, N, D)
 
-        # ---- generator -------------------------------------------------------------------------------------
-        for i, (images, z, keys) in enumerate(micros):
-            with ddp.no_sync() if i < args.accum - 1 else nullcontext():
-                noisy = noise_augment(z, rae.std, keys, args.tau, args.noise)
-                with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
-                    copies = rae.decode(noisy, ddp)                           # (B, 3, H, W)
-                    l1 = F.l1_loss(copies, images)
-                    distance = perceptual(copies * 2 - 1, images * 2 - 1).mean() if perceptual else 0 * l1
-                    loss = (l1 + args.lpips_weight * distance) / args.accum
-                    if gan_on:
-                        logits = disc.eval()(augment(copies * 2 - 1, mix(keys, 1)))
-                        adversarial = generator_loss(logits) / args.accum
-                if gan_on:                                             # each loss network is walked back once
-                    pull, = torch.autograd.grad(loss, copies)
-                    push, = torch.autograd.grad(adversarial, copies)
-                    weight = adaptive_weight(*(torch.autograd.grad(copies, last, g, retain_graph=True)[0]
-                                               for g in (pull, push)))
-                    copies.backward(pull + args.gan_weight * weight * push)
-                    adversarial, logits = adversarial.detach(), None   # frees what was kept for the heads
-                    loss = loss.detach() + args.gan_weight * weight * adversarial
-                    sums[3:5] += torch.stack([adversarial, weight / args.accum])
-                else:
-                    loss.backward()
-            sums[:3] += torch.stack([loss.detach(), l1.detach() / args.accum, distance.detach() / args.accum])
-        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, schedule)
-        norm = nn.utils.clip_grad_norm_(decoder.parameters(), math.inf)
-        optimizer.found_inf = (~norm.isfinite()).float()                 # a fused optimiser skips such a step
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        ema.update(decoder)
-        sums[6] += optimizer.found_inf
-        sums[7] = (sums[7] + 1) * optimizer.found_inf
+        # ---- generator: noisy latents -> reconstruction -> L1, LPIPS, GAN ----
+        adversary = disc if disc and step >= gan_begin else None
+        accumulate(meter, ddp, micros, lambda batch: decoder_backward(
+            rae, ddp, batch, args, autocast, perceptual, adversary))
+        lr = learning_rate(step, args.lr, args.warmup * epoch, schedule)
+        meter.skipped(apply_gradients(optimizer, lr))
+        ema.update(decoder)  # after the step
 
-        # ---- discriminator ---------------------------------------------------------------------------------
-        if disc_on:
-            disc.train()
-            for i, (images, z, keys) in enumerate(micros):
-                with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
-                    with torch.no_grad():
-                        if args.disc_input == "noisy":
-                            z = noise_augment(z, rae.std, mix(keys, 4), args.tau, args.noise)
-                        fakes = (rae.decode(z).clamp(0, 1) * 255).round() / 255   # as the 8-bit file would be
-                        both = [augment(x * 2 - 1, mix(keys, i)) for i, x in ((2, images), (3, fakes))]
-                    with ddp_disc.no_sync() if i < args.accum - 1 else nullcontext():
-                        disc_loss = hinge_loss(*ddp_disc(torch.cat(both)).chunk(2)) / args.accum
-                        disc_loss.backward()
-                sums[5] += disc_loss.detach()
-            begin = args.disc_start * epoch
-            disc_optimizer.param_groups[0]["lr"] = learning_rate(step - begin, schedule - begin)
-            norm = nn.utils.clip_grad_norm_(disc.heads.parameters(), math.inf)
-            disc_optimizer.found_inf = (~norm.isfinite()).float()
-            disc_optimizer.step()
-            disc_optimizer.zero_grad(set_to_none=True)
+        # ---- discriminator: real images, and copies by the updated decoder -> hinge ----
+        if disc and step >= disc_begin:
+            accumulate(meter, ddp_disc, micros, lambda batch: discriminator_backward(
+                rae, ddp_disc, batch, args, autocast))
+            own_step = step - disc_begin  # its schedule is the decoder's, in its own updates
+            apply_gradients(disc_optimizer, learning_rate(own_step, args.lr, args.warmup * epoch, schedule))
         step += 1
-        stop = asked.clone()                                        # reduced on the host, not on the device
-        dist.all_reduce(stop, dist.ReduceOp.MAX)
+        stop = any_rank(asked)  # on all ranks at once
 
+        # ---- log, save, look ----
         if step % args.log_every == 0 or step == total:
-            steps, seconds = step - since, time.time() - clock
-            dist.all_reduce(sums)
-            *means, skipped, lost = sums.div_(world).tolist()                  # the one device sync
-            loss, l1, distance, adversarial, weight, disc_loss = (value / steps for value in means)
-            parts = dict(l1=l1) | (dict(lpips=distance) if perceptual else {}) | (
-                dict(gan=adversarial, gan_lambda=weight, disc=disc_loss) if disc_on else {})
-            rate = steps * args.batch / seconds
-            log(run, stage=1, step=step, total=total, loss=loss, **parts, lr=lr, images_per_s=rate,
-                tflops=rate * image_flops / 1e12, skipped=int(skipped),
-                eta=(total - step) * seconds / steps)
-            if lost >= LOST:
-                raise UserError(f"step {step}: the last {lost:.0f} had non-finite gradients and were skipped"
-                                f" ({parts}); {run}/rae.pt is the last good state: resume with a lower --lr,"
-                                " or with --dtype fp32")
-            sums[:7].zero_()
-            since, clock = step, time.time()
+            meter.line(step, lr)
         if step % args.save_every == 0 or step == total or stop:
-            before, written = time.time(), save()
-            if held_out and not stop:
-                log(run, stage=1, step=step, n=min(2048, len(held_out)),
-                    **evaluate(rae, ema.module, held_out, perceptual, device, rank, world))
-            if rank == 0:
-                with torch.no_grad():
-                    z = rae.encode(pictures)
-                    noisy = z + 0.4 * normals(torch.arange(len(z)), z[0].numel(), device).view_as(z)
-                    copies = [rae.decode(x, ema.module) for x in (z, noisy)]
-                    rows = torch.cat([pictures, *copies])
-                save_picture(rows, run / f"samples/decoder_{step:07d}.png", nrow=len(pictures))
-            clock += time.time() - before
-    if not written:
-        raise UserError(f"the last save failed, {run}/rae.pt is older: make room and start the same again")
-    say(f"wrote {run}/rae.pt; {run}/samples shows originals, reconstructions and, below, those of latents"
-        f" with noise 0.4. Next: python train_dit.py --run {run}")
-    dist.destroy_process_group()
+            with meter.paused():
+                save(**parts)  # before all else: a stopped run has seconds
+                if held_out and not stop:
+                    found = evaluate(rae, ema.module, held_out, perceptual, device, rank, world, args.workers)
+                    log(run, stage=1, step=step, **found)
+                if rank == 0 and not stop:
+                    save_picture(picture(rae, ema.module, shown), run / f"samples/decoder_{step:07d}.png",
+                                 nrow=len(shown))
+    if stop:
+        return say(f"stopped; {run}/rae.pt is at step {step}, and the same command goes on from there")
+    say(f"wrote {run}/rae.pt; {run}/samples shows originals, copies, and copies of noisy latents."
+        f" Next: python train_dit.py --run {run}")
 
 
 if __name__ == "__main__":

@@ -4,42 +4,56 @@
     python assets/figures.py cifar10       # pictures of the README's CIFAR-10 run, after it
     python assets/figures.py stage1        # noise, GAN, learning rate, LPIPS: trains 8 decoders
     python assets/figures.py stage2        # width, head, shift: trains 9 DiTs; then tau, after stage1
+    python assets/figures.py latents       # RAE, VAE and pixels: one DiT^DH on each, by steps
     python assets/figures.py guidance      # the bundled demo under guidance, and best of N
 
 An ablation's rows are one command with one flag changed; its runs stay under out/ablations, so that a second
 start goes on. Pictures go to assets/ (curves need matplotlib).
 """
 import json
+import math
 import subprocess
 import sys
-from pathlib import Path
 
+import numpy as np
 import torch
-from make_demo import ROOT, parts, pooled, train_judge
+from make_demo import ROOT, draw, parts, pooled, train_judge
 from torchvision.io import read_image
 from torchvision.utils import save_image
 
-from fid import frechet_distance, moments, precision_recall
-from rae import Shapes, best_dtype, load_rae, mix, start
-from sample import fit_to, generate
-from train_dit import load_dit
+from assets.shapes import Shapes
+from fid import frechet_distance, linear_probe, moments, precision_recall, psnr
+from rae import load_rae, start
+from sample import fit_to
+from train_dit import load_dit, shift_alpha
 
 OUT = ROOT / "out/ablations"
+
+# The paper's ablations, each row a change of one thing in the first one's command
 STAGE1 = {  # name: flags; 1 epoch each, at half the recipe's learning rate
-    "tau 0.5": "", "tau 0": "--tau 0", "tau 0.3": "--tau 0.3", "tau 0.8": "--tau 0.8",
+    "tau 0.5": "",
+    "tau 0": "--tau 0",
+    "tau 0.3": "--tau 0.3",
+    "tau 0.8": "--tau 0.8",
     "GAN on": "--gan-weight 0.75 --disc-start 0.25 --gan-start 0.5",
-    "learning rate / 3": "--lr 1e-3", "learning rate x 2": "--lr 6e-3",
-    "LPIPS, random VGG (mechanics only), 0.05 epochs": "--epochs 0.05 --lpips-weight 1 --lpips-vgg random"}
+    "learning rate / 3": "--lr 1e-3",
+    "learning rate x 2": "--lr 6e-3",
+    "LPIPS, random VGG (mechanics only), 0.05 epochs": "--epochs 0.05 --lpips-weight 1 --lpips-vgg random",
+}
 STAGE2 = {  # name: flags; 3 epochs each
-    "192 x 4 + head 256 x 2 (recipe)": "", "recipe, seed 1": "--seed 1",
+    "192 x 4 + head 256 x 2 (recipe)": "",
+    "recipe, seed 1": "--seed 1",
     "192 x 8, no head, about the same size": "--depth 8 --head 0",
     "64 x 4, no head: below the 96 channels of a token": "--width 64 --depth 4 --heads 4 --head 0",
     "96 x 4, no head: at it": "--width 96 --depth 4 --heads 6 --head 0",
     "64 x 4 + head 256 x 2": "--width 64 --depth 4 --heads 4",
     "recipe, no shift (alpha 1)": "--no-shift",
     "recipe, the paper's base (alpha 0.61)": "--shift-base 4096",
-    "recipe, t uniform before the shift": "--time uniform"}
+    "recipe, t uniform before the shift": "--time uniform",
+}
 
+
+# Runs and pictures
 
 def folder_of(name):
     return OUT / "".join(c if c.isalnum() else "_" for c in name)
@@ -67,30 +81,42 @@ def stack(folder, *names):
     return torch.cat([x for row in rows for x in (row, gap)][:-1], 1)
 
 
+def columns_of(lines, stage):
+    """(steps, losses) of a stage's training lines."""
+    kept = [line for line in lines if line["stage"] == stage and "loss" in line]
+    return [line["step"] for line in kept], [line["loss"] for line in kept]
+
+
 def quickstart(folder=ROOT / "out/tiny"):
     """What one sees on the way: reconstructions, then samples, and the losses of both stages."""
-    save_image(stack(folder, "decoder_0000500", "decoder_0001563", "0000500", "0001000", "0001954"),
-               ROOT / "assets/quickstart.png")
+    pictures = stack(folder, "decoder_0000500", "decoder_0001563", "0000500", "0001000", "0001954")
+    save_image(pictures, ROOT / "assets/quickstart.png")
+
     figure, axes = curves().subplots(1, 2, figsize=(7, 2.4), layout="constrained")
     lines = [json.loads(line) for line in open(folder / "log.jsonl")]
     for stage, title, axis in zip((1, 2), ("stage 1, L1", "stage 2, flow matching"), axes):
-        axis.plot(*zip(*((x["step"], x["loss"]) for x in lines if x["stage"] == stage and "loss" in x)))
+        axis.plot(*columns_of(lines, stage))
         axis.set(xlabel="step", title=title, yscale="log")
         axis.grid(alpha=0.3, which="both")
     figure.savefig(ROOT / "assets/quickstart_loss.png", dpi=90)
 
 
 def cifar10(folder=ROOT / "out/cifar10"):
+    """The last reconstructions, and the last samples below them."""
     *_, decoder = sorted(path.stem for path in folder.glob("samples/decoder_*"))
     *_, last = sorted(path.stem for path in folder.glob("samples/0*"))
     save_image(stack(folder, decoder, last), ROOT / "assets/cifar10.png")
 
 
+# Tables
+
 def stage1():
+    """The decoders, each by what its own training logged last."""
     base = "train_decoder.py --encoder tiny --epochs 1 --lr 3e-3"
     runs = {name: run(name, *base.split(), *flags.split()) for name, flags in STAGE1.items()}
     print("| decoder | PSNR | SSIM | PSNR, noise 0.1 | 0.2 | 0.4 | n |\n|---|---|---|---|---|---|---|")
     for name, folder in runs.items():
+        # The log's last evaluation is that of the finished decoder
         last = [json.loads(line) for line in open(folder / "log.jsonl") if '"psnr"' in line][-1]
         noisy = " | ".join(f"{last[f'psnr@{sigma}']:.2f}" for sigma in (0.1, 0.2, 0.4))
         print(f"| {name} | {last['psnr']:.2f} | {last['ssim']:.3f} | {noisy} | {last['n']} |")
@@ -101,25 +127,36 @@ class Score:
     columns = "recognised | FD | precision | recall | evaluations per image |"
 
     def __init__(self, num):
-        self.data, self.y = Shapes(), torch.arange(num) % 10
-        self.judge, self.rae = train_judge(self.data), load_rae(ROOT / "assets/demo")
+        self.data = Shapes()
+        self.y = torch.arange(num) % 10
+        self.judge = train_judge(self.data)
+        self.rae = load_rae(ROOT / "assets/demo")
         torch.set_grad_enabled(False)
-        features = pooled(self.rae)
-        self.real, other = (features(self.data.render(torch.arange(first, first + 10_000))[0] / 255)
-                            for first in (50_000, 0))
-        print(f"real images, n = 10,000: FD {frechet_distance(*moments(other), *moments(self.real)):.3f}")
+        self.real = self.features(50_000)                   # held-out images, then ones trained on
+        fd = frechet_distance(*moments(self.features(0)), *moments(self.real))
+        print(f"real images, n = 10,000: FD {fd:.3f}")
+
+    def features(self, first, count=10_000):
+        """Mean tokens (count, D) of the data set's images from `first` on."""
+        images, _ = self.data.render(torch.arange(first, first + count))
+        return pooled(self.rae)(images / 255)
 
     def __call__(self, model, rae=None, **options):
-        seen, rae = {"model": 0, "weak": 0}, rae or self.rae
+        """(FD, a row of the table, the samples) of a model under guidance."""
+        # What each model evaluates is counted where it happens
+        seen = {"model": 0, "weak": 0}
         for name, module in (("model", model), ("weak", options.get("weak"))):
-            if module:                                                        # counts what a model evaluates
+            if module:
                 def count(_, inputs, name=name):
                     seen[name] += len(inputs[0])
                 module._forward_pre_hooks.clear()
                 module.register_forward_pre_hook(count)
-        dtype = best_dtype(self.y.device)
-        draw = lambda y, i: generate(model, rae, y, mix(0, 0, i), model.alpha, 25, dtype=dtype, **options)
-        fake = parts(draw, self.y, torch.arange(len(self.y)))
+
+        def sample(labels, indices):
+            return draw(model, rae or self.rae, labels, indices, 25, **options)
+
+        # Compared with held-out images, in the encoder's own features
+        fake = parts(sample, self.y, torch.arange(len(self.y)))
         features = pooled(self.rae)(fake)
         hits = (parts(self.judge, fake).argmax(1) == self.y).double().mean().item()
         fd = frechet_distance(*moments(features), *moments(self.real))
@@ -129,51 +166,197 @@ class Score:
 
 
 def stage2(num=1000):
+    """The DiTs; then tau: the same DiT with other decoders."""
     base = "train_dit.py --rae assets/demo/rae.pt --epochs 3 --decay-end 3 --ema 0.9975"
     runs = {name: run(name, *base.split(), *flags.split()) for name, flags in STAGE2.items()}
-    score, pictures = Score(num), []
+    score = Score(num)
+    pictures = []
     print(f"| model | parameters | {Score.columns}\n|---|---|---|---|---|---|---|")
     for name, folder in runs.items():
-        _, row, fake = score(model := load_dit(folder))
+        model = load_dit(folder)
+        _, row, fake = score(model)
         pictures.append(fake[:20])
-        print(f"| {name} | {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M | {row}", flush=True)
-    for what, dit in ("recipe", runs[list(STAGE2)[0]]), ("weak", ROOT / "assets/demo/weak.pt"):
-        for name in list(STAGE1)[:4]:                                      # tau: the same DiT, other decoders
+        size = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"| {name} | {size:.1f} M | {row}", flush=True)
+
+    # Does a decoder that was trained with noise forgive the DiT more?
+    recipe = runs[list(STAGE2)[0]]
+    for what, dit in (("recipe", recipe), ("weak", ROOT / "assets/demo/weak.pt")):
+        for name in list(STAGE1)[:4]:
             _, row, _ = score(load_dit(dit), load_rae(folder_of(name)))
             print(f"| {what}, decoder of stage 1, {name} | | {row}", flush=True)
     save_image(torch.cat(pictures), ROOT / "assets/ablations.png", nrow=20)
 
 
 def guidance(num=2000):
+    """The demo under guidance, by scale; and best of 4 latents, without."""
     plt = curves()
-    model, weak, score = load_dit(ROOT / "assets/demo"), load_dit(ROOT / "assets/demo/weak.pt"), Score(num)
+    model = load_dit(ROOT / "assets/demo")
+    weak = load_dit(ROOT / "assets/demo/weak.pt")
+    score = Score(num)
     probe = fit_to(score.rae, "shapes", [0], torch.device("cpu"))
-    ways = {"none": ([1], {}), "classifier-free": ([1.5, 2, 3], {}),
-            "classifier-free in [0.1, 0.8]": ([1.5, 2, 3], dict(interval=(0.1, 0.8))),
-            "AutoGuidance": ([1.5, 2, 3], dict(weak=weak))}
+    ways = {
+        "none":                          ([1],         {}),
+        "classifier-free":               ([1.5, 2, 3], {}),
+        "classifier-free in [0.1, 0.8]": ([1.5, 2, 3], dict(interval=(0.1, 0.8))),
+        "AutoGuidance":                  ([1.5, 2, 3], dict(weak=weak)),
+    }
     print(f"| guidance | scale | {Score.columns}\n|---|---|---|---|---|---|---|")
-    found = {}
+    found = {name: [] for name in ways}
     for name, (scales, options) in ways.items():
         for scale in scales:
             fd, row, _ = score(model, scale=scale, **options)
-            found.setdefault(name, []).append((scale, fd))
+            found[name].append((scale, fd))
             print(f"| {name} | {scale} | {row}", flush=True)
+    # Latents are representations: a probe picks the best of 4 before any is decoded
     best = dict(probe=probe, best_of=4)
     for name, net, options in (("none, best of 4", model, best), ("the weak model alone", weak, {}),
                                ("the weak model, best of 4", weak, best)):
         print(f"| {name} | 1 | {score(net, **options)[1]}", flush=True)
+
+    # The curves all start from scale 1
     figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
     for name, points in found.items():
-        if name != "none":                                                    # all start from scale 1
+        if name != "none":
             axes.plot(*zip(*found["none"], *points), "o-", label=name)
     axes.set(xlabel="guidance scale", ylabel="FD, mean tokens of tiny", title=f"demo, n = {num}, 25 steps")
     axes.legend()
     figure.savefig(ROOT / "assets/guidance.png", dpi=110)
 
 
-if __name__ == "__main__":
-    known = dict(quickstart=quickstart, cifar10=cifar10, stage1=stage1, stage2=stage2, guidance=guidance)
+# The paper's headline: the same DiT^DH on an encoder's latents, on a VAE's, on pixels
+LATENTS = {"RAE": "tiny", "VAE": "tiny_vae", "pixels": "tiny_pixel"}
+MARKS = (250, 500, 1000, 1954)      # steps after which a run is judged
+BASES = (680, 170, 42.5)            # of the shift: alpha is half, once and twice that of the recipe
+
+
+class Judge(Score):
+    """Of samples: the share recognised, and FD in two spaces: what the classifier sees before its last layer,
+    which is a space of none of the latents, and `tiny`'s mean tokens, which are RAE's own."""
+    def __init__(self, num):
+        super().__init__(num)
+        self.spaces = {"fd": lambda x: parts(self.judge[:-1], x), "fd_tiny": pooled(self.rae)}
+        self.held_out, self.labels = self.images(50_000)
+        self.moments = {name: moments(f(self.held_out)) for name, f in self.spaces.items()}
+
+    def images(self, first, count=10_000):
+        images, labels = self.data.render(torch.arange(first, first + count))
+        return images / 255, labels
+
+    def __call__(self, model, rae):
+        """{recognised, fd, fd_tiny, images: the first 20} of a model's samples, noise i for label i % 10."""
+        def sample(labels, indices):
+            return draw(model, rae, labels, indices, 25).clamp(0, 1)
+
+        fake = parts(sample, self.y, torch.arange(len(self.y)))
+        hits = parts(self.judge, fake).argmax(1) == self.y
+        found = dict(recognised=hits.double().mean().item(), images=fake[:20].half())
+        for name, f in self.spaces.items():
+            found[name] = frechet_distance(*moments(f(fake)), *self.moments[name])
+        return found
+
+    def latents(self, rae):
+        """PSNR of held-out reconstructions; top-1 of a linear probe, on the mean token and on all tokens."""
+        copies = parts(lambda x: rae.decode(rae.encode(x)).clamp(0, 1), self.held_out)
+        images, labels = self.images(0)
+        found = [psnr(self.held_out, copies).mean().item()]
+        for f in (pooled(rae), lambda x: parts(lambda y: rae.tokens(y).flatten(1), x)):
+            found.append(linear_probe(f(images), labels, f(self.held_out), self.labels))
+        return found
+
+
+def judged(judge, name, base, seed=0, marks=MARKS):
+    """{step: scores} of a DiT^DH; kept in its run's folder, so that a second start goes on."""
+    what = f"latents, {name}, base {base}, seed {seed}"
+    autoencoder = folder_of(f"latents, {name}")
+    scores = {}
+    for step in marks:
+        place = folder_of(what) / f"score_{step}.pt"
+        if not place.exists():
+            # So many steps of the recipe's schedule: stopped, judged, and then resumed
+            run(what, "train_dit.py", "--rae", autoencoder, "--shift-base", str(base), "--seed", str(seed),
+                "--steps", str(step), "--save-every", "5000")
+            torch.save(judge(load_dit(folder_of(what)), load_rae(autoencoder)), place)
+        scores[step] = torch.load(place)
+    return scores
+
+
+def steps_to(fd, scores):
+    """The step at which a run reached this FD, between two marks by a straight line in logarithms."""
+    log_fds = [-math.log(score["fd"]) for score in scores.values()]
+    log_steps = [math.log(step) for step in scores]
+    return math.exp(np.interp(-math.log(fd), log_fds, log_steps))
+
+
+def with_range(values, form):
+    """The mean, with the least and the largest where there are several."""
+    mean = form.format(sum(values) / len(values))
+    return mean if len(values) == 1 else f"{mean} ({form.format(min(values))} to {form.format(max(values))})"
+
+
+def latents(num=1000, seeds=3):
+    """RAE, VAE and pixels: the encoders, then their DiT^DHs by steps, a curve, and samples."""
+    plt = curves()
+    for name, encoder in LATENTS.items():
+        run(f"latents, {name}", "train_decoder.py", "--encoder", encoder, "--save-every", "5000")
+    judge = Judge(num)
+
+    # Each latent's own shift, the best of three after the first mark
+    best = {}
+    print("| latents | tokens x channels | PSNR | probe, mean token | probe, all tokens |"
+          f" FD after {MARKS[0]} steps, by alpha |\n|---|---|---|---|---|---|")
+    for name in LATENTS:
+        rae = load_rae(folder_of(f"latents, {name}"))
+        fds = {base: judged(judge, name, base, marks=MARKS[:1])[MARKS[0]]["fd"] for base in BASES}
+        best[name] = min(fds, key=fds.get)
+        tried = ", ".join(f"{shift_alpha(rae.num_tokens, rae.token_dim, base):.2f}: {fd:.0f}"
+                          for base, fd in fds.items())
+        quality, mean_token, all_tokens = judge.latents(rae)
+        print(f"| {name} | {rae.num_tokens} x {rae.token_dim} | {quality:.2f} dB | {mean_token:.1%} |"
+              f" {all_tokens:.1%} | {tried} |", flush=True)
+
+    # The runs, with all that was asked of them
+    runs = {name: [judged(judge, name, best[name], seed) for seed in range(seeds)] for name in LATENTS}
+    print("| latents | steps | recognised | FD, classifier | FD, tiny |\n|---|---|---|---|---|")
+    for name, found in runs.items():
+        for step in MARKS:
+            cells = [with_range([scores[step][key] for scores in found], form)
+                     for key, form in (("recognised", "{:.1%}"), ("fd", "{:.0f}"), ("fd_tiny", "{:.2f}"))]
+            print(f"| {name} | {step:,} | {' | '.join(cells)} |")
+    last = MARKS[-1]
+    for name in list(LATENTS)[1:]:
+        ratios = [last / steps_to(other[last]["fd"], rae) for rae, other in zip(runs["RAE"], runs[name])]
+        print(f"speed-up to the FD of {name} after {last:,} steps: {with_range(ratios, '{:.2f}')}")
+
+    # Quality against steps, a line for each latent, its seeds as a band
+    figure, axes = plt.subplots(1, 2, figsize=(7, 2.8), layout="constrained")
+    for key, axis in zip(("recognised", "fd"), axes):
+        for name, found in runs.items():
+            values = torch.tensor([[scores[step][key] for step in MARKS] for scores in found])
+            axis.plot(MARKS, values.mean(0), "o-", label=name)
+            axis.fill_between(MARKS, values.amin(0), values.amax(0), alpha=0.25)
+        axis.set(xscale="log", xticks=MARKS, xticklabels=MARKS, xlabel="steps of 64")
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set_title("samples recognised")
+    axes[1].set(title="FD, features of the classifier", yscale="log")
+    axes[0].legend()
+    figure.savefig(ROOT / "assets/latents.png", dpi=110)
+
+    # The same noise after each mark: RAE's rows, the VAE's, those of pixels
+    rows = [found[0][step]["images"].float() for found in runs.values() for step in MARKS]
+    save_image(torch.cat(rows), ROOT / "assets/latents_samples.png", nrow=20)
+
+
+def main():
+    known = dict(quickstart=quickstart, cifar10=cifar10, stage1=stage1, stage2=stage2, guidance=guidance,
+                 latents=latents)
     if len(sys.argv) != 2 or sys.argv[1] not in known:
         sys.exit(__doc__)
-    start(), torch.manual_seed(0)
+    start()
+    torch.manual_seed(0)
     known[sys.argv[1]]()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,11 +1,13 @@
-"""Makes the bundled demo from nothing, and judges it: `tiny`, its decoder, a DiT^DH and a weak one.
+"""Makes the bundled demo from nothing, and judges it: `tiny`, its decoder, a DiT^DH and a weak one; and the
+baseline `tiny_vae`.
 
-    python assets/make_demo.py                      # everything, 65 minutes of one core
+    python assets/make_demo.py                      # everything, 75 minutes of one core
     python assets/make_demo.py --check              # the bundled demo's figures, some minutes
     python assets/make_demo.py --check out/tiny     # those of any run on shapes
 
-Writes assets/tiny.pt and assets/demo/{rae,dit,weak}.pt: averaged weights only, in half precision. `tiny` is
-to `shapes` what DINOv2 is to photographs: its tokens say what is in the picture and keep what it looks like.
+Writes assets/{tiny,tiny_vae}.pt and assets/demo/{rae,dit,weak}.pt: averaged weights only, in half precision.
+`tiny` is to `shapes` what DINOv2 is to photographs: its tokens say what is in the picture and keep what it
+looks like. `tiny_vae` is to it what Stable Diffusion's VAE is to DINOv2.
 """
 import argparse
 import math
@@ -20,27 +22,57 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from fid import frechet_distance, linear_probe, moments, psnr, squared_distances                 # noqa: E402
-from rae import (Shapes, best_dtype, build_encoder, load_rae, mix, patchify, read_weights,       # noqa: E402
-                 save_checkpoint)
-from sample import generate                                                                      # noqa: E402
-from train_dit import load_dit                                                                   # noqa: E402
+from assets.shapes import Shapes                                                      # noqa: E402
+from fid import frechet_distance, linear_probe, moments, psnr, squared_distances      # noqa: E402
+from rae import (RAE, at_least, build_encoder, load_rae, mix, patchify,               # noqa: E402
+                 read_weights, save_checkpoint)
+from sample import generate                                                           # noqa: E402
+from train_decoder import best_dtype                                                  # noqa: E402
+from train_dit import load_dit                                                        # noqa: E402
 
-COMMANDS = ["train_decoder.py --encoder tiny --run out/demo --lr 3e-3 --epochs 5",
-            "train_dit.py --rae out/demo/rae.pt --run out/weak --width 96 --depth 3 --heads 3 --head 96"
-            " --head-heads 3 --batch 128 --epochs 3 --decay-end 3 --ema 0.995",
-            "train_dit.py --run out/demo --batch 128 --epochs 14 --decay-end 14 --ema 0.998"]
+COMMANDS = [
+    "train_decoder.py --encoder tiny --run out/demo --lr 3e-3 --epochs 5",
+    "train_dit.py --rae out/demo/rae.pt --run out/weak --width 96 --depth 3 --heads 3 --head 96"
+    " --head-heads 3 --batch 128 --epochs 3 --decay-end 3 --ema 0.995",
+    "train_dit.py --run out/demo --batch 128 --epochs 14 --decay-end 14 --ema 0.998",
+]
+README_NUM = 2000       # samples that the README's figures are of
 
+
+# The encoders
 
 def optimize(parameters, steps, lr):
     """AdamW with warm-up and half a cosine, as a generator: yields, then steps on the gradients it finds."""
     optimizer = torch.optim.AdamW(parameters, lr, (0.9, 0.98), weight_decay=0.02)
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * min(step / 100, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        optimizer.param_groups[0]["lr"] = lr * min(step / 100, cosine)
         optimizer.zero_grad()
         yield step
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
+
+
+def drawing_of(uniform):
+    """The 12 numbers (B,12) in [0,1) that a picture is drawn from -> what is regressed on (B,14).
+
+    The two hues are angles, so that red is next to red; the others go from -1 to 1.
+    """
+    hues = 2 * math.pi * uniform[:, :2]
+    return torch.cat([hues.sin(), hues.cos(), 2 * uniform[:, 2:] - 1], 1)
+
+
+def trainable(name):
+    """An encoder of random weights, and how it is trained fast."""
+    encoder = build_encoder(name, 32, "random").train().requires_grad_()
+    for block in encoder.blocks:
+        block.attn.fused_attn = False                       # ten times slower in bf16 on CPUs
+    return encoder
+
+
+def bundle(encoder, name):
+    halves = {key: value.half() for key, value in encoder.state_dict().items()}
+    torch.save(halves, ROOT / f"assets/{name}.pt")
 
 
 def pretrain(steps=2000, batch=128, noise=0.2):
@@ -51,37 +83,85 @@ def pretrain(steps=2000, batch=128, noise=0.2):
     correlation: somewhat less between channels, else the latents fill few of their 96 dimensions; without
     any they are white, good for the decoder, but so hard for the DiT that it makes blobs.
     """
-    data, begun, encoder = Shapes(), time.time(), build_encoder("tiny", 32, "random").train().requires_grad_()
-    for block in encoder.blocks:
-        block.attn.fused_attn = False                                    # ten times slower in bf16 on CPUs
-    classify, regress = nn.Linear(96, 10), nn.Linear(96, 14)
+    data = Shapes()
+    begun = time.time()
+    encoder = trainable("tiny")
+
+    # Three readers of a token: its class, its drawing, its pixels
+    classify = nn.Linear(96, 10)
+    regress = nn.Linear(96, 14)
     draw = nn.Sequential(nn.Linear(96, 384), nn.GELU(), nn.Linear(384, 192))
     parameters = [p for module in (encoder, classify, regress, draw) for p in module.parameters()]
+
     for step in optimize(parameters, steps, lr=4e-3):
-        images, labels = data.render(indices := torch.randint(len(data), (batch,)))
-        x, u = images / 127.5 - 1, data.uniform(indices)                 # (B, 3, 32, 32), (B, 12)
-        hues, sigma = 2 * math.pi * u[:, :2], noise * torch.rand(batch, 1, 1)              # hues are angles
-        drawing = torch.cat([hues.sin(), hues.cos(), 2 * u[:, 2:] - 1], 1)                 # (B, 14)
+        indices = torch.randint(len(data), (batch,))
+        images, labels = data.render(indices)
+        x = images / 127.5 - 1                              # (B, 3, 32, 32)
+        drawing = drawing_of(data.uniform(indices))         # (B, 14)
+        sigma = noise * torch.rand(batch, 1, 1)
         with torch.autocast("cpu", torch.bfloat16):
-            z = encoder.forward_features(x)[:, 1:].float()               # (B, 16, 96), without [CLS]
-            logits, guess, patches = classify(z), regress(z), draw(z + sigma * torch.randn_like(z))
-        semantics = 0.3 * F.cross_entropy(logits.float().mT, labels[:, None].expand(-1, 16)) \
-            + 2 * F.mse_loss(guess.float(), drawing[:, None].expand_as(guess))
-        detail, covariance = F.l1_loss(patches.float(), patchify(x, 8)), torch.cov(z.flatten(0, 1).T)
+            z = encoder(x).float()                          # (B, 16, 96)
+            logits = classify(z)
+            guess = regress(z)
+            patches = draw(z + sigma * torch.randn_like(z))
+
+        # What tokens should say, what they should keep, and what makes them learnable
+        recognised = F.cross_entropy(logits.float().mT, labels[:, None].expand(-1, 16))
+        semantics = 0.3 * recognised + 2 * F.mse_loss(guess.float(), drawing[:, None].expand_as(guess))
+        detail = F.l1_loss(patches.float(), patchify(x, 8))
+        covariance = torch.cov(z.flatten(0, 1).T)           # (96, 96)
         correlation = (covariance - covariance.diagonal().diag()).square().sum() / 96
         (semantics + 8 * detail + 0.02 * correlation).backward()
         if step % 250 == 249:
             print(f"encoder, step {step + 1} of {steps}: {semantics=:.3f} {detail=:.4f} {correlation=:.3f}"
                   f" {time.time() - begun:.0f} s", flush=True)
-    torch.save({key: value.half() for key, value in encoder.state_dict().items()}, ROOT / "assets/tiny.pt")
+    bundle(encoder, "tiny")
+
+
+def pretrain_vae(steps=2000, batch=128, kl=1e-3):
+    """Trains `tiny_vae`, which is to keep pixels and nothing else, and writes assets/tiny_vae.pt: the ViT of
+    `tiny` and a bottleneck of 16 channels, by L1 + kl x KL, both means over what they are of.
+
+    kl: the posterior's noise stays far below its mean's variation (.05 to 1), as it does in Stable
+    Diffusion's VAE, so that the mean, the latent, is nearly all that the decoder of this training has seen.
+    """
+    data = Shapes()
+    begun = time.time()
+    encoder = trainable("tiny_vae")
+    uncertain = nn.Linear(96, 16)                           # the log variance, wanted in training alone
+    decoder = RAE("tiny_vae", "tiny", 32).decoder           # so is this one: train_decoder.py trains another
+    parameters = [p for module in (encoder, uncertain, decoder) for p in module.parameters()]
+
+    for step in optimize(parameters, steps, lr=4e-3):
+        images, _ = data.render(torch.randint(len(data), (batch,)))
+        x = images / 127.5 - 1                              # (B, 3, 32, 32)
+        with torch.autocast("cpu", torch.bfloat16):
+            features = encoder.forward_features(x)          # (B, 16, 96)
+            mean = encoder.forward_head(features).float()   # (B, 16, 16)
+            logvar = uncertain(features).float().clamp(-20, 10)
+            sigma = (logvar / 2).exp()
+            copies = decoder(mean + sigma * torch.randn_like(mean))
+
+        # Pixels, and the divergence of N(mean, sigma^2) from N(0, 1)
+        detail = F.l1_loss(copies, x)
+        divergence = (mean.square() + sigma.square() - 1 - logvar).mean() / 2
+        (detail + kl * divergence).backward()
+        if step % 250 == 249:
+            decibels = psnr(copies.detach() / 2 + 0.5, x / 2 + 0.5).mean()
+            print(f"VAE, step {step + 1} of {steps}: {detail=:.4f} {divergence=:.2f} sigma={sigma.mean():.3f}"
+                  f" {decibels=:.2f} {time.time() - begun:.0f} s", flush=True)
+    bundle(encoder, "tiny_vae")
 
 
 def pack(source, name, *keys, **extra):
     """A run's checkpoint -> assets/demo: what sampling needs, with averaged weights in fp16."""
     saved = read_weights(ROOT / source)
-    extra |= {key: saved[key] for key in keys} | {"ema": {key: x.half() for key, x in saved["ema"].items()}}
-    save_checkpoint(ROOT / "assets/demo" / name, **extra)
+    halves = {key: value.half() for key, value in saved["ema"].items()}
+    kept = {key: saved[key] for key in keys}
+    save_checkpoint(ROOT / "assets/demo" / name, ema=halves, **kept, **extra)
 
+
+# The judge
 
 def train_judge(data, steps=500):
     """A small convolutional classifier of shapes: images (B,3,32,32) in [0,1] -> logits (B,10)."""
@@ -91,18 +171,27 @@ def train_judge(data, steps=500):
     judge = nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, 128), nn.ReLU(), nn.Linear(128, 10))
     for _ in optimize(list(judge.parameters()), steps, lr=2e-3):
         images, labels = data.render(torch.randint(len(data), (128,)))
-        F.cross_entropy(judge(images / 255 + 0.03 * torch.randn(images.shape)), labels).backward()
+        noisy = images / 255 + 0.03 * torch.randn(images.shape)
+        F.cross_entropy(judge(noisy), labels).backward()
     return judge.eval()
 
 
 def looks(images):
     """(B,3,H,W) -> (B,6): mean colour, and the centre and size of what differs from the border's colour."""
-    border = torch.cat([images[:, :, [0, -1]].flatten(2), images[..., [0, -1]].flatten(2)], 2)
-    mask = (images - border.median(2).values[..., None, None]).norm(dim=1)                 # (B, H, W)
+    # The ground's colour is the border's; what differs from it is the shape
+    rows = images[:, :, [0, -1]].flatten(2)
+    columns = images[..., [0, -1]].flatten(2)
+    ground = torch.cat([rows, columns], 2).median(2).values[..., None, None]
+    mask = (images - ground).norm(dim=1)                                    # (B, H, W)
     mask = (mask / mask.amax((1, 2), keepdim=True) * 2 - 0.5).clamp(0, 1)
-    axis, area = torch.linspace(-1, 1, images.shape[-1]), mask.sum((1, 2))
-    x, y = mask.sum(1) @ axis / area, mask.sum(2) @ axis / area
-    return torch.cat([images.mean((2, 3)), torch.stack([x, y, area.sqrt() / len(axis)], 1)], 1)
+
+    # Its centre of gravity, and its size
+    axis = torch.linspace(-1, 1, images.shape[-1])
+    area = mask.sum((1, 2))
+    x = mask.sum(1) @ axis / area
+    y = mask.sum(2) @ axis / area
+    size = area.sqrt() / len(axis)
+    return torch.cat([images.mean((2, 3)), torch.stack([x, y, size], 1)], 1)
 
 
 def parts(f, *tensors):
@@ -115,46 +204,91 @@ def pooled(rae):
     return lambda images: parts(lambda x: rae.tokens(x).mean(1), images)
 
 
+def draw(model, rae, labels, indices, steps=50, **options):
+    """Samples (B,3,H,W) of these labels, as fast as this machine can: bf16 where it has it."""
+    device = rae.mean.device
+    keys = mix(0, 0, indices)
+    with torch.autocast(device.type, torch.bfloat16, enabled=best_dtype(device) == "bf16"):
+        return generate(model, rae, labels, keys, model.alpha, steps, **options)
+
+
+def nearest(data, images):
+    """RMS distance (B,) of images (B,3,H,W) in [0,1] to the nearest image of the data set."""
+    images = images.flatten(1)
+    least = torch.full((len(images),), math.inf)
+    for indices in torch.arange(len(data)).split(500):
+        others = data.render(indices)[0].flatten(1) / 255
+        least = torch.minimum(least, squared_distances(others, images).amin(0))
+    return (least / images.shape[1]).sqrt()
+
+
 def check(run, num):
     """Prints the figures of a run: how good the judge is, the autoencoder's, those of `num` samples."""
-    data, model, index, y = Shapes(), load_dit(ROOT / run), torch.arange(num), torch.arange(num) % 10
-    rae, judge = load_rae(ROOT / model.rae), train_judge(data)
-    right = lambda images, labels: (parts(judge, images).argmax(1) == labels).float()
-    (train, train_y), (real, real_y) = (data.render(torch.arange(i, i + 10_000)) for i in (0, 50_000))
-    train, real = train / 255, real / 255
+    data = Shapes()
+    model = load_dit(ROOT / run)
+    rae = load_rae(ROOT / model.rae)
+    judge = train_judge(data)
+
+    def right(images, labels):
+        return (parts(judge, images).argmax(1) == labels).float()
+
+    # How much of the class a linear reading of the encoder finds
+    train, train_y = data.render(torch.arange(10_000))
+    real, real_y = data.render(torch.arange(50_000, 60_000))
+    train = train / 255
+    real = real / 255
     for name, f in (("mean token", pooled(rae)), ("raw pixels", lambda x: x.flatten(1))):
         print(f"linear probe, {name}: {linear_probe(f(train), train_y, f(real), real_y):.2%}")
+
+    # The autoencoder
     torch.set_grad_enabled(False)
     copies = parts(lambda images: rae.decode(rae.encode(images)).clamp(0, 1), real)
     print(f"{len(real)} held-out images: judge {right(real, real_y).mean():.2%}; their reconstructions:"
           f" judge {right(copies, real_y).mean():.2%}, PSNR {psnr(real, copies).mean():.2f} dB", flush=True)
-    dtype = best_dtype(index.device)
-    draw = lambda labels, i: generate(model, rae, labels, mix(0, 0, i), model.alpha, dtype=dtype)
-    fake = parts(draw, y, index)
-    hits, reference = right(fake, y), moments(pooled(rae)(real))
+
+    # The samples: what they show, how they are distributed, and whether they vary as real images do
+    indices = torch.arange(num)
+    y = indices % 10
+    fake = parts(lambda labels, i: draw(model, rae, labels, i), y, indices)
+    hits = right(fake, y)
+    reference = moments(pooled(rae)(real))
     fd, fd_real = (frechet_distance(*moments(pooled(rae)(x)), *reference) for x in (fake, train))
+    by_class = [f"{name} {hits[y == c].mean():.1%}" for c, name in enumerate(data.classes)]
     print(f"{hits.mean():.2%} of {num} samples recognised, FD {fd:.3f} (real images {fd_real:.3f});",
-          ", ".join(f"{name} {hits[y == c].mean():.1%}" for c, name in enumerate(data.classes)))
+          ", ".join(by_class))
     stds = [looks(fake[y == c]).std(0) / looks(real[real_y == c]).std(0) for c in range(10)]
     colour, place, size = (part.amin() for part in torch.stack(stds).split((3, 2, 1), 1))
     print(f"spread over real images', least of the classes: {colour=:.2f} {place=:.2f} {size=:.2f}")
-    for name, x in (("samples", fake.flatten(1)), ("held-out images", real[:num].flatten(1))):
-        near = parts(lambda i: squared_distances(data.render(i)[0].flatten(1) / 255, x).amin(0)[None],
-                     torch.arange(len(data))).amin(0).div(x.shape[1]).sqrt()
+
+    # Whether they are copies of training images
+    for name, images in (("samples", fake), ("held-out images", real[:num])):
+        near = nearest(data, images)
         print(f"RMS distance of {name} to the nearest of {len(data)} training images: median"
               f" {near.median():.4f}, first percentile {near.quantile(0.01):.4f}", flush=True)
 
 
-if __name__ == "__main__":
+def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", nargs="?", const="assets/demo", metavar="RUN", help="judge a run's folder")
-    parser.add_argument("--num", type=int, default=2000, help="samples to judge")
+    parser.add_argument("--num", type=at_least(20), default=README_NUM, help="samples to judge (%(default)s)")
+    args = parser.parse_args()
     torch.manual_seed(0)
-    if (args := parser.parse_args()).check:
-        sys.exit(check(args.check, args.num))
+    if args.check:
+        if args.num < README_NUM / 2:
+            print(f"WARNING: the README's figures are of n = {README_NUM:,} samples; of {args.num} FD is"
+                  " larger, the distances vary more, and none can be held against them")
+        return check(args.check, args.num)
+
+    # The encoders; a decoder of `tiny`, and two DiTs on its latents, by the commands that a user has
     pretrain()
+    torch.manual_seed(0)
+    pretrain_vae()
     for command in COMMANDS:
         subprocess.run([sys.executable, *command.split()], cwd=ROOT, check=True)
     pack("out/demo/rae.pt", "rae.pt", "config", "mean", "var", encoder=None)
     pack("out/demo/dit.pt", "dit.pt", "config", "alpha", "classes")
     pack("out/weak/dit.pt", "weak.pt", "config", "alpha", "classes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,132 +1,195 @@
 """Runs that are stopped, killed, starved of disk or fed with nonsense: the real scripts as processes."""
+import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
-import sys
 import time
 from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import DECODER, DIT, ROOT, launch, losses
+from conftest import DECODER, DIT, ENVIRONMENT, children, command_line, inside, launch, load, losses, signal_all
 
-from rae import Folder, log, save_checkpoint, save_picture
+import train_dit
+from rae import Folder, UserError, save_checkpoint
+from train_decoder import log, save_picture
 
 EVERY = 3                                                                     # steps between checkpoints
 LONG = ("train_decoder.py", *DECODER, "--steps", 5000, "--epochs", 5000, "--save-every", EVERY)
 
 
 @contextmanager
-def running(*command, cwd, ranks=1, **options):
-    """A script as a process of its own session, from its third logged step on; killed with all its children at the end."""
-    script, *args = map(str, command)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--"] if ranks > 1 else []
+def running(*command, cwd, ranks=1, until="step 3 ", **options):
+    """A script as a process of its own session, once its output has `until` or that is true; killed with all
+    its children at the end."""
     with open(cwd / "output.txt", "w+") as output:
-        process = subprocess.Popen([sys.executable, "-u", *torchrun, str(ROOT / script), *args], cwd=cwd, stdout=output, stderr=output,
-                                   start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+        process = subprocess.Popen(command_line(*command, ranks=ranks), cwd=cwd, stdout=output, stderr=output,
+                                   start_new_session=True, env=os.environ | ENVIRONMENT, **options)
         process.text = lambda: (cwd / "output.txt").read_text()
+        begun = until if callable(until) else lambda: until in process.text()
         deadline = time.time() + 120
-        while "step 3 " not in process.text():
-            assert process.poll() is None and time.time() < deadline, process.text()
-            time.sleep(0.1)
         try:
+            while not begun():
+                assert process.poll() is None and time.time() < deadline, process.text()
+                time.sleep(0.05)
             yield process
         finally:
-            for pid in [process.pid, *children(process.pid)]:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
+            signal_all(process.pid, signal.SIGKILL)
             process.wait()
 
 
-def children(pid):
-    """The process's descendants."""
-    table = [line.split() for line in subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True).stdout.splitlines()[1:]]
-    own = [int(child) for child, parent in table if int(parent) == pid]
-    return own + [grandchild for child in own for grandchild in children(child)]
+def saved_step(path):
+    """A checkpoint's step, or -1 where there is none yet."""
+    return load(path)["step"] if path.exists() else -1
 
 
-def load(path):
-    return torch.load(path, weights_only=True)
+def logged_steps(run):
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if "loss" in line]
 
 
-@pytest.mark.parametrize("number, ranks", [(signal.SIGTERM, 1), (signal.SIGINT, 2)])
+def many(photos, folder, count):
+    """So many pictures of one class: hard links to the first of `photos`."""
+    first = next(photos.glob("*/*.png"))
+    (folder / "all").mkdir(parents=True)
+    for i in range(count):
+        os.link(first, folder / f"all/{i}.png")
+    return folder
+
+
+# Stopped by a signal
+
+@pytest.mark.parametrize("number, ranks", [(signal.SIGTERM, 1), (signal.SIGTERM, 2), (signal.SIGINT, 2)])
 def test_a_stop_signal_saves_and_ends_cleanly(number, ranks, tmp_path, photos):
-    with running(*LONG, "--data", photos, "--save-every", 5000, cwd=tmp_path, ranks=ranks) as process:
-        process.send_signal(number) if ranks == 1 else os.killpg(process.pid, number)         # Ctrl-C reaches the whole group
+    """Ctrl-C, torchrun and SLURM signal all processes of a run, loaders as well."""
+    flags = ("--data", photos, "--save-every", 5000, "--workers", 2)
+    with running(*LONG, *flags, cwd=tmp_path, ranks=ranks) as process:
+        assert len(children(process.pid)) >= (3 * ranks if ranks > 1 else 2)  # the loaders are there
+        signal_all(process.pid, number)
         process.wait(timeout=60)
-    assert ranks == 2 or process.returncode == 0                              # torchrun itself says 1
-    done = len(losses(tmp_path / "out/tiny", 1))
-    assert load(tmp_path / "out/tiny/rae.pt")["step"] == done >= 3 and "wrote out/tiny/rae.pt" in process.text()
-    text = launch(*LONG[:1], *LONG[1:], "--data", photos, "--steps", done + 2, cwd=tmp_path)
-    assert f"steps {done} to {done + 2}" in text and len(losses(tmp_path / "out/tiny", 1)) == done + 2
+        text = process.text()
+    assert process.returncode == (0 if ranks == 1 else 1), text               # torchrun itself says 1
+    assert "wrote out/tiny/rae.pt" in text and "exited unexpectedly" not in text
+    assert ranks == 2 or "Traceback" not in text
+    steps = logged_steps(tmp_path / "out/tiny")
+    assert saved_step(tmp_path / "out/tiny/rae.pt") == steps[-1] >= 3         # the last that was logged
+    text = inside(*LONG, "--data", photos, "--steps", steps[-1] + 2, cwd=tmp_path)
+    assert f"steps {steps[-1]} to {steps[-1] + 2}" in text
+    assert logged_steps(tmp_path / "out/tiny") == list(range(1, steps[-1] + 3))
 
+
+def test_a_stop_during_the_statistics_just_ends_the_run(tmp_path, photos):
+    data = many(photos, tmp_path / "data", 20_000)
+    with running(*LONG, "--data", data, "--workers", 2, cwd=tmp_path, until="latent statistics") as process:
+        deadline = time.time() + 60
+        while len(children(process.pid)) < 2:                                 # until the loaders are there
+            assert time.time() < deadline
+            time.sleep(0.05)
+        time.sleep(0.5)
+        reached = signal_all(process.pid, signal.SIGTERM)
+        assert process.wait(timeout=15) == -signal.SIGTERM
+        assert "exited unexpectedly" not in process.text()
+        while any(os.path.exists(f"/proc/{pid}") for pid in reached[:2]):     # they see it within 5 seconds
+            assert time.time() < deadline
+            time.sleep(0.1)
+    assert not (tmp_path / "out/tiny/rae.pt").exists()
+
+
+def test_a_stop_during_an_evaluation_saves_the_next_step(tmp_path, photos):
+    shutil.copytree(photos, tmp_path / "data/train")
+    for label in range(4):
+        many(photos, tmp_path / f"data/val/class{label}", 250)
+    run = tmp_path / "out/tiny"
+    with running(*LONG, "--data", "data", "--workers", 2, cwd=tmp_path,
+                 until=lambda: saved_step(run / "rae.pt") == EVERY) as process:
+        time.sleep(0.1)                                                       # the save came first: now it evaluates
+        signal_all(process.pid, signal.SIGTERM)
+        assert process.wait(timeout=60) == 0, process.text()
+        text = process.text()
+    assert "exited unexpectedly" not in text and "Traceback" not in text
+    assert saved_step(run / "rae.pt") == logged_steps(run)[-1] == EVERY + 1 and "psnr" in text
+    assert not list(run.glob("samples/*4.png"))                               # and drew nothing at the stop
+
+
+# Killed
 
 def test_one_dead_rank_ends_the_others_with_a_message_and_the_run_goes_on(tmp_path, photos):
     with running(*LONG, "--data", photos, cwd=tmp_path, ranks=2) as process:
         os.kill(children(process.pid)[-1], signal.SIGKILL)
         assert process.wait(timeout=100) != 0
         assert "FAILED" in process.text() and "SIGKILL" in process.text()
-    saved = load(tmp_path / "out/tiny/rae.pt")["step"]
+    saved = saved_step(tmp_path / "out/tiny/rae.pt")
     assert saved >= len(losses(tmp_path / "out/tiny", 1)) - EVERY
-    assert f"steps {saved} to {saved + 1}" in launch(*LONG, "--data", photos, "--steps", saved + 1, cwd=tmp_path)
+    assert f"steps {saved} to {saved + 1}" in inside(*LONG, "--data", photos, "--steps", saved + 1, cwd=tmp_path)
 
 
-def test_a_full_disk_costs_the_save_and_not_the_run(trained, tmp_path, photos):
+def test_a_second_trainer_of_the_same_run_is_refused(tmp_path, photos):
+    with running(*LONG, "--data", photos, cwd=tmp_path):
+        for script, flags in (("train_decoder.py", LONG[1:]), ("train_dit.py", DIT)):
+            with pytest.raises(UserError, match="another process is training in out/tiny: .*--run"):
+                inside(script, *flags, "--run", "out/tiny", "--data", photos, cwd=tmp_path)
+    steps = logged_steps(tmp_path / "out/tiny")
+    assert steps == list(range(1, len(steps) + 1))                            # no line of another's
+    inside(*LONG, "--data", photos, "--steps", steps[-1] + 1, cwd=tmp_path)   # a killed one leaves no lock behind
+
+
+# No room
+
+def test_a_full_disk_ends_the_run_at_its_last_checkpoint_from_which_it_goes_on(trained, tmp_path, photos):
     """The largest file allowed is 100 kB: the checkpoint does not fit, the log does."""
-    (tmp_path / "rae.pt").write_bytes((trained / "out/tiny/rae.pt").read_bytes())
-    steps = ["--data", photos, "--steps", 8, "--save-every", 2, "--run", tmp_path]
-    done = subprocess.run([sys.executable, str(ROOT / "train_decoder.py"), *map(str, [*DECODER, *steps])], cwd=tmp_path,
-                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240,
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
-    assert done.stdout.count("could not be written") == 2 and "step 8 " in done.stdout                # tried again, went on
-    assert done.returncode == 1 and "the last save failed" in done.stderr
-    assert load(tmp_path / "rae.pt")["step"] == 4 and not list(tmp_path.glob("*.tmp"))
-    launch("train_decoder.py", *DECODER, *steps, cwd=tmp_path)                # room again: the same command goes on
-    assert load(tmp_path / "rae.pt")["step"] == 8 and len(losses(tmp_path, 1)) == 4
+    for name in ("full", "roomy"):
+        shutil.copytree(trained / "out/tiny", tmp_path / name)
+    steps = ("train_decoder.py", *DECODER, "--data", photos, "--steps", 8, "--save-every", 2)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    text = launch(*steps, "--run", tmp_path / "full", cwd=tmp_path, expect=1, preexec_fn=limit)
+    assert "full/rae.pt could not be written" in text and "make room" in text and "Traceback" not in text
+    assert "step 7 " not in text                                              # the first save that fails is the end
+    assert load(tmp_path / "full/rae.pt")["step"] == 4 and not list((tmp_path / "full").glob("*.tmp"))
+    for name in ("full", "roomy"):                                            # room again: the same command goes on
+        inside(*steps, "--run", tmp_path / name, cwd=tmp_path)
+    one, other = load(tmp_path / "roomy/rae.pt"), load(tmp_path / "full/rae.pt")
+    assert one["step"] == other["step"] == 8
+    assert all(torch.equal(value, other["model"][key]) for key, value in one["model"].items())
+    assert losses(tmp_path / "full", 1) == losses(tmp_path / "roomy", 1) and len(losses(tmp_path / "full", 1)) == 8
 
 
-def test_a_place_that_cannot_be_written_costs_no_run(tmp_path, capsys):
+def test_a_place_that_cannot_be_written_is_named_in_a_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     nowhere = tmp_path / "file" / "run"                                       # root may write anywhere but below a file
-    assert save_checkpoint(nowhere / "x.pt", step=1) is False
-    log(nowhere, step=1)
-    save_picture(torch.rand(4, 3, 8, 8), nowhere / "x.png", nrow=2)
-    assert capsys.readouterr().out.count("WARNING") == 3
+    for write in (lambda: save_checkpoint(nowhere / "x.pt", step=1),
+                  lambda: log(nowhere, step=1),
+                  lambda: save_picture(torch.rand(4, 3, 8, 8), nowhere / "x.png", nrow=2)):
+        with pytest.raises(UserError, match=f"{nowhere}.* could not be written .*make room"):
+            write()
 
 
-POISONED = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import torch, train_dit
-real, calls, bad = train_dit.flow_matching_loss, [0], eval(sys.argv.pop(1))
+# Nonsense
 
-def poisoned(*args, **kwargs):
-    calls[0] += 1
-    return real(*args, **kwargs) * (float("nan") if calls[0] in bad else 1)
+def test_a_step_without_a_finite_gradient_is_skipped_and_counted_and_a_run_of_them_ends_training(
+        trained, tmp_path, photos, monkeypatch, capsys):
+    real = train_dit.flow_matching_loss
 
-train_dit.flow_matching_loss = poisoned
-train_dit.main()
-"""
-
-
-def test_a_step_without_a_finite_gradient_is_skipped_and_counted_and_a_run_of_them_ends_training(trained, tmp_path, photos):
-    (tmp_path / "poisoned.py").write_text(POISONED)
-    common = (*DIT, "--data", photos, "--rae", trained / "out/tiny/rae.pt", "--save-every", 3, "--epochs", 20)
-    text = launch(tmp_path / "poisoned.py", "[3, 4]", *common, "--run", tmp_path / "a", "--steps", 6, cwd=tmp_path)
+    def poison(*calls):
+        """From now on, the loss of these calls is not a number."""
+        count = iter(range(1, 1000))
+        monkeypatch.setattr(train_dit, "flow_matching_loss",
+                            lambda *args, **kwargs: real(*args, **kwargs) * (float("nan") if next(count) in calls else 1))
+    common = ("train_dit.py", *DIT, "--data", photos, "--rae", trained / "out/tiny/rae.pt", "--save-every", 3, "--epochs", 20)
+    poison(3, 4)
+    text = inside(*common, "--run", tmp_path / "a", "--steps", 6, cwd=tmp_path)
     assert text.count("skipped 1") == 2 and text.count("skipped 0") == 4
     saved = load(tmp_path / "a/dit.pt")
     assert all(x.isfinite().all() for part in ("model", "ema") for x in saved[part].values()) and saved["step"] == 6
     assert saved["optimizer"]["state"][0]["step"] == 4                        # of 6
-    text = launch(tmp_path / "poisoned.py", "range(5, 99)", *common, "--run", tmp_path / "b", "--steps", 50, cwd=tmp_path, expect=1)
-    assert "step 14: the last 10 had non-finite gradients" in text and "b/dit.pt is the last good state" in text
+    poison(*range(5, 99))
+    with pytest.raises(UserError, match="step 14: the last 10 had non-finite gradients .* in .*/b is the last good state"):
+        inside(*common, "--run", tmp_path / "b", "--steps", 50, cwd=tmp_path)
     assert all(x.isfinite().all() for x in load(tmp_path / "b/dit.pt")["model"].values())
 
 
 def test_a_file_deleted_during_training_is_named_once_and_another_takes_its_place(tmp_path, photos, capfd):
-    import shutil
     shutil.copytree(photos, tmp_path / "all")
     odd = tmp_path / "all/class0/ä ö%20 \U0001f600.png"                       # names that need care
     os.rename(tmp_path / "all/class0/0.png", odd)

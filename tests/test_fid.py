@@ -1,26 +1,28 @@
 """fid.py against closed forms, brute force, and golden figures of an independent Inception."""
+import hashlib
 import json
-import sys
-from contextlib import contextmanager
+import os
+import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+import torchvision.transforms.functional as TF
 from PIL import Image
 from torchvision.models import Inception3
 
 import fid
-from conftest import launch
-from rae import RAE, UserError, open_val, save_checkpoint
+from assets.shapes import Shapes
+from conftest import inside, launch
+from rae import RAE, UserError, center_crop, good, open_val, quiet_worker, read_image, save_checkpoint
 
 HERE = Path(__file__).parent
 
 
-# ---------------------------------------------------------------------------------------------------------
 # Frechet distance
 
 def gaussian(n, dim=64, seed=0, scale=1.0):
@@ -71,6 +73,26 @@ def test_frechet_distance_refuses_nan_and_other_dimensions():
             fid.frechet_distance(mu, sigma, *bad)
 
 
+@pytest.mark.parametrize("sigma", [-np.eye(2), np.diag([1, -1e-3]), np.array([[1.0, 2], [2, 1]])])
+def test_a_matrix_that_is_no_covariance_is_no_perfect_score(sigma):
+    zero = np.zeros(2)
+    for pair in ((zero, sigma, zero, np.eye(2)), (zero, np.eye(2), zero, sigma)):
+        with pytest.raises(UserError, match="eigenvalues from .* none may be negative"):
+            fid.frechet_distance(*pair)
+
+
+@pytest.mark.parametrize("n", [1000, 30])
+def test_a_covariance_that_was_rounded_to_float32_is_still_one(n):
+    a, b = fid.moments(gaussian(n, seed=1)), fid.moments(gaussian(n, seed=2, scale=1.3))
+    rounded = [x.astype(np.float32) for x in (*a, *b)]
+    turned = np.linalg.qr(np.random.RandomState(0).standard_normal((64, 64)))[0]
+    turned = (turned * np.logspace(0, -12, 64) @ turned.T).astype(np.float32)
+    assert np.linalg.eigvalsh(turned.astype(np.float64))[0] < -1e-9       # what rounding does to zeros
+    assert fid.frechet_distance(*rounded) == pytest.approx(fid.frechet_distance(*a, *b), rel=1e-5)
+    zero = np.zeros(64)
+    assert fid.frechet_distance(zero, turned, zero, 4 * turned) == pytest.approx(np.trace(turned), rel=1e-4)
+
+
 def test_moments_are_numpys_in_float64_even_for_float32_features_far_from_zero():
     x = (np.random.RandomState(0).standard_normal((9000, 5)) + 1000).astype(np.float32)
     mu, sigma = fid.moments(torch.from_numpy(x))
@@ -78,7 +100,6 @@ def test_moments_are_numpys_in_float64_even_for_float32_features_far_from_zero()
     np.testing.assert_allclose(sigma, np.cov(x.astype(np.float64), rowvar=False), rtol=1e-9, atol=1e-9)
 
 
-# ---------------------------------------------------------------------------------------------------------
 # The network
 
 def test_tf1_resize_of_a_ramp_starts_at_its_start_and_stops_at_its_end():
@@ -131,15 +152,12 @@ def test_inception_refuses_foreign_weights_and_float_images():
 
 
 def test_without_the_inception_weights_one_sentence_names_the_file_and_the_flag(monkeypatch):
-    def offline(*args, **kwargs):
-        raise OSError("no network")
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
     with pytest.raises(UserError, match="pt_inception-2015-12-05-6726825d.pth.*--inception-weights") as error:
         fid.Inception()
     assert "\n" not in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------------------
 # Other metrics on features
 
 def test_inception_score_is_one_for_equal_predictions_and_the_number_of_certain_classes():
@@ -152,6 +170,8 @@ def test_inception_score_is_the_mean_over_consecutive_splits():
     assert fid.inception_score(certain, splits=4) == pytest.approx(1)
     assert fid.inception_score(certain, splits=2) == pytest.approx(2)
     assert fid.inception_score(certain, splits=1) == pytest.approx(4)
+    certain = 100 * torch.eye(20).repeat_interleave(5, 0)
+    assert fid.inception_score(certain) == pytest.approx(2)                   # ADM's ten splits
 
 
 @pytest.mark.parametrize("block", [1, 500, 2 ** 25])
@@ -187,7 +207,6 @@ def test_linear_probe_reaches_the_best_possible_accuracy_of_two_gaussians():
     assert top1 == pytest.approx(torch.special.ndtr(torch.tensor(1.0)).item(), abs=0.01)
 
 
-# ---------------------------------------------------------------------------------------------------------
 # Pairs of images
 
 def test_psnr_is_that_of_a_constant_error_per_image():
@@ -221,7 +240,8 @@ def test_ssim_of_one_window_is_the_formula_with_gaussian_weights():
 def test_lpips_is_its_formula_on_normalised_features_of_both_images():
     torch.manual_seed(0)
     network, (a, b) = fid.load_lpips(vgg="random"), torch.rand(2, 2, 3, 32, 32) * 2 - 1
-    shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])       # ImageNet's, for [-1, 1]
+    shift = torch.tensor([-0.030, -0.088, -0.188])                            # ImageNet's, for [-1, 1]
+    scale = torch.tensor([0.458, 0.448, 0.450])
     maps = [network.net((x - shift.view(3, 1, 1)) / scale.view(3, 1, 1)) for x in (a, b)]
     expected = 0
     for p, q, linear in zip(*maps, network.lins):
@@ -231,10 +251,27 @@ def test_lpips_is_its_formula_on_normalised_features_of_both_images():
     assert network(a, a).abs().max() == 0 and not any(p.requires_grad for p in network.parameters())
 
 
+def test_lpips_weighs_its_small_differences_in_fp32_under_autocast():
+    torch.manual_seed(0)
+    network, (a, b) = fid.load_lpips(vgg="random"), torch.rand(2, 1, 3, 32, 32) * 2 - 1
+    seen = []
+
+    def look(layer, inputs, output):
+        seen.append((inputs[0].dtype, output.dtype, torch.is_autocast_enabled("cpu")))
+
+    for linear in network.lins:
+        linear.model[-1].register_forward_hook(look)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert network(a, b).dtype == torch.float32
+        assert torch.is_autocast_enabled("cpu")                               # elsewhere it stays on
+    assert seen == [(torch.float32, torch.float32, False)] * 5
+
+
 def test_lpips_takes_the_published_vgg_file_and_refuses_others(tmp_path):
     from torchvision.models import vgg16
     torch.manual_seed(0)
-    state = {key: value for key, value in vgg16(weights=None).state_dict().items() if key.startswith("features.")}
+    state = vgg16(weights=None).state_dict()
+    state = {key: value for key, value in state.items() if key.startswith("features.")}
     torch.save(state | {"classifier.0.bias": torch.zeros(2)}, tmp_path / "vgg.pth")
     network = fid.load_lpips(vgg=tmp_path / "vgg.pth")
     x = torch.rand(1, 3, 32, 32)
@@ -253,14 +290,11 @@ def vgg16_features(state, x):
 
 
 def test_without_vgg_one_sentence_names_the_file_and_the_flag(monkeypatch):
-    def offline(*args, **kwargs):
-        raise OSError("no network")
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
     with pytest.raises(ValueError, match="vgg16-397923af.pth.*--lpips-vgg"):
         fid.load_lpips()
 
 
-# ---------------------------------------------------------------------------------------------------------
 # The program
 
 def pictures(n, seed=0, side=32):
@@ -272,32 +306,21 @@ def pictures(n, seed=0, side=32):
 TINY = ["--features", "tiny", "--encoder-weights", "random"]                  # nothing to download
 
 
-@contextmanager
-def own_group():
-    """No process group inside, for fid.py to make its own; one of a single process again afterwards."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    try:
-        yield
-    finally:
-        if not dist.is_initialized():
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+def no_network(*args, **kwargs):
+    raise OSError("no network")
 
 
 @pytest.fixture
-def judge(monkeypatch, capsys):
+def judge(monkeypatch, tmp_path):
     """fid.py with these arguments -> its JSON; no process is started, and no weights are downloaded."""
-    def offline(*args, **kwargs):
-        raise OSError("no network")
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
+    return lambda *arguments: json.loads(inside("fid.py", *arguments, cwd=tmp_path).splitlines()[-1])
 
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fid.py", *map(str, arguments)])
-        with own_group():
-            fid.main()
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
 
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
-    return run
+@pytest.fixture
+def no_work(monkeypatch):
+    """The long work must not begin."""
+    monkeypatch.setattr(fid, "per_image", lambda *args: pytest.fail("the work began"))
 
 
 def figures(result):
@@ -339,17 +362,196 @@ def test_no_figure_depends_on_the_number_of_ranks_even_if_one_gets_no_batch(judg
     assert {**together, "fd": 0} == {**alone, "fd": 0}
 
 
-def test_rows_keep_the_order_of_the_data_set_and_undecodable_files_are_dropped(tmp_path):
-    (tmp_path / "folder").mkdir()
-    for i in range(9):
+def tokens(images, rae=None):
+    """float images (B,3,H,W) in [0,1] -> mean-pooled tokens of the bundled encoder."""
+    rae = rae or RAE("tiny", "tiny", 32).load_encoder().eval()
+    return rae.tokens(images).mean(1)
+
+
+def as_batch(images):
+    """uint8 images (N,H,W,3) -> float (N,3,H,W) in [0,1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+
+
+def test_the_judges_figures_of_samples_are_those_of_direct_calls(judge, tmp_path):
+    fake, real = pictures(70), pictures(110, seed=1) // 8 * 8
+    np.savez(tmp_path / "fake.npz", arr_0=fake)
+    np.savez(tmp_path / "real.npz", arr_0=real)
+    result = judge("fake.npz", "real.npz", "--features", "tiny")
+    fake, real = tokens(as_batch(fake)), tokens(as_batch(real))
+    expected = fid.frechet_distance(*fid.moments(fake), *fid.moments(real))
+    assert result["fd"] == pytest.approx(expected, rel=1e-4)
+    precision, recall = fid.precision_recall(real, fake)
+    assert precision != recall
+    assert (result["precision"], result["recall"]) == pytest.approx((precision, recall), abs=0.02)
+    assert (result["n"], result["reference_n"], result["features"]) == (70, 110, "tiny")
+    assert result["reference"] == "real.npz"
+
+
+def test_the_judge_takes_features_and_logits_of_inception(judge, tmp_path):
+    np.savez(tmp_path / "fake.npz", arr_0=pictures(6))
+    np.savez(tmp_path / "real.npz", arr_0=pictures(5, seed=1))
+    result = judge("fake.npz", "real.npz", "--inception-weights", "random")
+    torch.manual_seed(0)
+    network = fid.Inception("random")
+    uint8 = [torch.from_numpy(images).permute(0, 3, 1, 2) for images in (pictures(6), pictures(5, seed=1))]
+    (fake, logits), (real, _) = (network(images) for images in uint8)
+    assert result["inception_score"] == pytest.approx(fid.inception_score(logits), rel=1e-4)
+    expected = fid.frechet_distance(*fid.moments(fake), *fid.moments(real))
+    assert result["fid"] == pytest.approx(expected, rel=1e-3)
+    assert "fd" not in result and "2048 dimensions" in " ".join(result["warnings"])
+
+
+def test_the_inception_score_needs_no_reference(judge, tmp_path):
+    np.savez(tmp_path / "fake.npz", arr_0=pictures(6))
+    result = judge("fake.npz", "--inception-weights", "random")
+    assert 1 <= result["inception_score"] < 6 and "fid" not in result
+    assert result["reference"] is result["reference_n"] is result["reference_sha256"] is None
+
+
+def test_precision_and_recall_take_as_many_real_images_as_adms_file_has(judge, tmp_path, monkeypatch):
+    np.savez(tmp_path / "fake.npz", arr_0=pictures(5))
+    np.savez(tmp_path / "real.npz", arr_0=pictures(6))
+    torch.manual_seed(0)
+    sides = [torch.randn(500, 96), torch.randn(10_500, 96)]                   # of GENERATED, of REFERENCE
+    calls = iter(sides)
+    monkeypatch.setattr(fid, "per_image", lambda *args: (next(calls), None))
+    seen = []
+    monkeypatch.setattr(fid, "precision_recall", lambda *args: seen.append(args) or (0, 0))
+    judge("fake.npz", "real.npz", *TINY)
+    (real, fake), = seen
+    some = np.random.RandomState(0).permutation(10_500)[:10_000]
+    assert torch.equal(real, sides[1][some]) and torch.equal(fake, sides[0])
+
+
+def test_a_judge_computes_in_fp32(judge, tmp_path, monkeypatch):
+    np.savez(tmp_path / "images.npz", arr_0=pictures(5))
+    seen = []
+
+    def look(*args):
+        seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+        return torch.zeros(5, 96), None
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(fid, "per_image", look)
+    judge("images.npz", *TINY)
+    assert seen == [("highest", False)]
+
+
+def test_class_folders_are_centre_cropped_to_the_size_of_the_images(judge, photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "data/train")                          # of 48 x 40 to 48 x 48 pixels
+    shutil.copytree(photos, tmp_path / "data/val")
+    source = fid.open_source(str(tmp_path / "data"), [32, 32])
+    assert len(source.images) == 40 and "train" in source.images.samples[0][0]
+    for i in (0, 39):
+        image, label, key = source.images[i, 7]
+        path, expected = source.images.samples[i]
+        assert torch.equal(image, TF.pil_to_tensor(center_crop(read_image(path), 32)))
+        assert (label, key) == (expected, 7)
+    assert fid.open_source("shapes", [48, 64]).size == [48, 48] and fid.open_source("shapes").size == [32, 32]
+    assert len(fid.open_source("shapes").images) == 50_000
+    assert torch.equal(fid.open_source("shapes/val").images[3, 0][0], Shapes(32, first=50_000)[3, 0][0])
+
+
+def numbered(folder, count=9):
+    """A folder of `count` pictures, whose first pixel's red is 20 x their number."""
+    folder.mkdir(parents=True)
+    for i in range(count):
         image = pictures(1)[0]
         image[0, 0] = 20 * i
-        Image.fromarray(image).save(tmp_path / "folder" / f"{i}.png")
-    broken = tmp_path / "folder" / "4.png"
-    broken.write_bytes(broken.read_bytes()[:100])                             # a sound header, no pixels
-    data, _ = fid.open_source(str(tmp_path / "folder"))
-    rows, labels = fid.per_image(data, lambda images: images[:, :1, 0, 0], 2, torch.device("cpu"))
-    assert rows[:, 0].tolist() == [0, 20, 40, 60, 100, 120, 140, 160] and len(labels) == 8
+        Image.fromarray(image).save(folder / f"{i}.png")
+    return folder
+
+
+def breaks(file):
+    """A sound header, no pixels."""
+    file.write_bytes(file.read_bytes()[:100])
+
+
+CPU = torch.device("cpu")
+
+
+def first_pixel(images):
+    return images[:, :1, 0, 0]
+
+
+def test_rows_keep_the_order_of_the_data_set_whatever_part_of_it_is_taken(tmp_path):
+    data = fid.open_source(str(numbered(tmp_path / "folder"))).images
+    rows, labels = fid.per_image(data, first_pixel, 2, CPU)
+    assert rows[:, 0].tolist() == [20 * i for i in range(9)] and labels.tolist() == [0] * 9
+    rows, _ = fid.per_image(data, first_pixel, 2, CPU, 4)
+    assert rows[:, 0].tolist() == [20 * i for i in sorted(np.random.RandomState(0).permutation(9)[:4])]
+    rows, labels = fid.per_image(Shapes(32), first_pixel, 7, CPU, 30)
+    assert labels.tolist() == [i % 10 for i in sorted(np.random.RandomState(0).permutation(50_000)[:30])]
+
+
+def test_loader_processes_are_few_and_leave_signals_alone(tmp_path, monkeypatch):
+    seen = []
+
+    def loader(dataset, **options):
+        seen.append(options)
+        return [good([dataset[item] for item in items]) for items in options["batch_sampler"]]
+
+    monkeypatch.setattr(fid, "DataLoader", loader)
+    monkeypatch.setattr(fid, "worker_count", lambda data: 3 if hasattr(data, "samples") else 0)
+    np.savez(tmp_path / "array.npz", arr_0=pictures(5))
+    for source in (numbered(tmp_path / "folder"), tmp_path / "array.npz"):
+        fid.per_image(fid.open_source(str(source)).images, first_pixel, 2, CPU)
+    assert [options["num_workers"] for options in seen] == [3, 0]
+    assert all(options["worker_init_fn"] is quiet_worker for options in seen)
+
+
+@pytest.mark.parametrize("broken, says", [([4], "^1 of 9 .*4.png"), ([0, 1, 7], "^3 of 9 .*0.png"),
+                                          (range(9), "^9 of 9")])
+def test_files_that_cannot_be_decoded_are_named_and_end_a_metric(tmp_path, capfd, broken, says):
+    folder = numbered(tmp_path / "folder")
+    for i in broken:
+        breaks(folder / f"{i}.png")
+    data = fid.open_source(str(folder)).images
+    with pytest.raises(UserError, match=says) as error:
+        fid.per_image(data, first_pixel, 2, CPU)
+    assert "\n" not in str(error.value)
+    printed = capfd.readouterr().out
+    assert all(printed.count(f"{i}.png") == (i in broken) for i in range(9))  # each of them, once
+
+
+def test_a_file_that_one_rank_cannot_decode_ends_all_ranks(tmp_path):
+    folder = numbered(tmp_path / "folder")
+    breaks(folder / "4.png")
+    np.savez(tmp_path / "fake.npz", arr_0=pictures(20))
+    text = launch("fid.py", "fake.npz", folder, *TINY, "--batch", 3, cwd=tmp_path, ranks=2, expect=1)
+    assert "1 of 9 images cannot be decoded" in text and "4.png" in text
+    assert f'File "{fid.__file__}"' not in text                               # no traceback
+
+
+def test_broken_files_end_the_probe_and_the_judge_of_reconstructions_too(judge, photos, tmp_path):
+    for part, at in (("train", 1), ("val", 2)):
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        for split in ("train", "val"):
+            shutil.copytree(photos, tmp_path / "data" / split)
+        breaks(tmp_path / f"data/{part}/class{at}/{at}.png")
+        with pytest.raises(UserError, match=f"^1 of 40 .*{part}/class{at}/{at}.png"):
+            judge("--probe", "--data", "data", "--features", "tiny")
+    with pytest.raises(UserError, match="^1 of 40 .*val/class2/2.png"):
+        judge("--rae", run(tmp_path), "--data", "data/val", *TINY)
+
+
+def test_a_link_that_leads_nowhere_is_found_before_the_work(judge, photos, no_work, tmp_path):
+    numbered(tmp_path / "flat")
+    for split in ("train", "val"):
+        shutil.copytree(photos, tmp_path / "data" / split)
+    np.savez(tmp_path / "fake.npz", arr_0=pictures(20))
+    run(tmp_path)
+    commands = [(["fake.npz", "flat"], "flat"), (["fake.npz", "data/val"], "data/val/class0"),
+                (["--rae", ".", "--data", "data/val"], "data/val/class0"),
+                (["--probe", "--data", "data"], "data/train/class0"),
+                (["--probe", "--data", "data"], "data/val/class0")]
+    for arguments, place in commands:
+        os.symlink("gone.png", tmp_path / place / "link.png")
+        with pytest.raises(UserError, match=f"{place}/link.png") as error:
+            judge(*arguments, *TINY)
+        assert "\n" not in str(error.value)
+        (tmp_path / place / "link.png").unlink()
 
 
 def test_saved_statistics_stand_in_for_the_images_they_were_made_of(judge, pair, tmp_path):
@@ -360,7 +562,81 @@ def test_saved_statistics_stand_in_for_the_images_they_were_made_of(judge, pair,
     assert from_file["fd"] == pytest.approx(images["fd"]) == from_two_files["fd"]
     assert from_file["reference_n"] == 150 and from_two_files["n"] == 203 and "recall" not in from_file
     assert len({result["reference_sha256"] for result in (images, from_file)}) == 2
+    digest = hashlib.sha256((tmp_path / "reference.npz").read_bytes()).hexdigest()
+    assert from_file["reference_sha256"] == digest[:16]
+    assert images["reference_sha256"] is None                                 # names are no contents
 
+
+def test_saved_statistics_say_what_they_were_made_of(judge, pair, tmp_path):
+    judge(*pair, "--features", "tiny", "--save-stats", tmp_path / "new/folder/reference")
+    saved = np.load(tmp_path / "new/folder/reference.npz")
+    features = tokens(as_batch(pictures(150, seed=1) // 8 * 8)).double().numpy()
+    np.testing.assert_allclose(saved["mu"], features.mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(saved["sigma"], np.cov(features, rowvar=False), rtol=1e-3, atol=1e-5)
+    assert saved["n"] == 150 and saved["features"] == "tiny" and saved["size"].tolist() == [32, 32]
+    assert saved["source"] == str(pair[1])
+
+
+@pytest.mark.parametrize("output", ["fake.npz", "real.npz", "real", "link.npz", "sub/../real.npz"])
+def test_an_output_that_is_an_input_is_refused(judge, no_work, tmp_path, output):
+    np.savez(tmp_path / "fake.npz", arr_0=pictures(20))
+    np.savez(tmp_path / "real.npz", arr_0=pictures(20, seed=1))
+    os.symlink("real.npz", tmp_path / "link.npz")
+    (tmp_path / "sub").mkdir()
+    before = (tmp_path / "real.npz").read_bytes(), (tmp_path / "fake.npz").read_bytes()
+    with pytest.raises(SystemExit):
+        judge("fake.npz", "real.npz", *TINY, "--save-stats", output)
+    assert before == ((tmp_path / "real.npz").read_bytes(), (tmp_path / "fake.npz").read_bytes())
+
+
+def test_a_place_for_statistics_that_cannot_be_is_refused_before_the_work(judge, no_work, tmp_path):
+    np.savez(tmp_path / "fake.npz", arr_0=pictures(20))
+    with pytest.raises(UserError, match="could not be written"):
+        judge("fake.npz", *TINY, "--save-stats", "fake.npz/stats.npz")
+
+
+@pytest.mark.parametrize("flag", ["--num", "--batch"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1", "0", "1.5", "many"])
+def test_numbers_out_of_range_are_refused(judge, no_work, tmp_path, capsys, flag, value):
+    np.savez(tmp_path / "fake.npz", arr_0=pictures(20))
+    with pytest.raises(SystemExit):
+        judge("fake.npz", *TINY, f"{flag}={value}")
+    assert flag in capsys.readouterr().err.splitlines()[-1]
+
+
+# Images in an archive
+
+def test_images_that_are_not_compressed_are_mapped_and_not_read(tmp_path):
+    images = pictures(20)
+    np.savez(tmp_path / "plain.npz", labels=np.arange(20), arr_0=images)
+    np.savez_compressed(tmp_path / "packed.npz", labels=np.arange(20), arr_0=images)
+    np.savez(tmp_path / "turned.npz", labels=np.arange(20), arr_0=np.asfortranarray(images))
+    np.save(tmp_path / "array.npy", images)
+    with zipfile.ZipFile(tmp_path / "ours.npz", "w") as file:                 # as sample.py writes it
+        file.write(tmp_path / "array.npy", "arr_0.npy")
+        with file.open("labels.npy", "w") as member:
+            np.lib.format.write_array(member, np.arange(20))
+    for name, mapped in (("plain", True), ("packed", False), ("turned", True), ("ours", True)):
+        source = fid.open_source(str(tmp_path / f"{name}.npz"))
+        assert isinstance(source.images.images, np.memmap) == mapped, name
+        assert (source.images.images == images).all() and source.size == [32, 32] and len(source.images) == 20
+        assert source.arrays["labels"].tolist() == [*range(20)] and "arr_0" not in source.arrays
+        image, _, key = source.images[3, 5]
+        assert (image.permute(1, 2, 0).numpy() == images[3]).all() and key == 5
+
+
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+def test_an_archive_with_one_bad_byte_is_refused(tmp_path, write):
+    rng = np.random.RandomState(0)
+    write(tmp_path / "bad.npz", arr_0=rng.randint(0, 256, (20, 32, 32, 3), dtype=np.uint8))
+    content = bytearray((tmp_path / "bad.npz").read_bytes())
+    content[len(content) // 2] ^= 255
+    (tmp_path / "bad.npz").write_bytes(content)
+    with pytest.raises(UserError, match="bad.npz cannot be read"):
+        fid.open_source(str(tmp_path / "bad.npz"))
+
+
+# What is said
 
 def test_adms_reference_file_gives_its_statistics_to_fid_and_its_images_to_recall(judge, pair, tmp_path):
     mu, sigma = np.linspace(-1, 1, 96), np.eye(96)
@@ -390,18 +666,79 @@ def test_everything_that_makes_a_figure_incomparable_is_said(judge, tmp_path):
     assert "sorted by class" in warnings(pictures(120), labels=np.arange(120) // 40)
 
 
-def test_reconstructions_are_judged_against_their_originals(judge, tmp_path):
+def said(result):
+    return " ".join(result["warnings"])
+
+
+def test_a_comparison_with_itself_is_said(judge, pair, tmp_path):
+    os.symlink(pair[0], tmp_path / "link.npz")
+    assert "compared with itself" in said(judge(pair[0], pair[0], *TINY))
+    assert "compared with itself" in said(judge(pair[0], tmp_path / "link.npz", *TINY))
+    assert "compared with itself" in said(judge(pair[1], f"{pair[1]}/", *TINY))
+    assert "itself" not in said(judge(*pair, *TINY)) + said(judge(pair[0], *TINY))
+
+
+def test_other_sizes_are_said_however_they_are_known(judge, photos, pair, tmp_path):
+    np.savez(tmp_path / "large.npz", arr_0=pictures(120, side=64))
+    judge(tmp_path / "large.npz", *TINY, "--save-stats", tmp_path / "large_stats.npz")
+    judge(pair[0], *TINY, "--save-stats", tmp_path / "small_stats.npz")
+    both = "[32, 32]", "[64, 64]"
+    for sides in (("large.npz", pair[0]), (pair[1], "large.npz"), ("large_stats.npz", pair[0]),
+                  ("large.npz", "small_stats.npz"), ("large_stats.npz", "small_stats.npz")):
+        text = said(judge(*sides, *TINY))
+        assert all(size in text for size in both), sides
+    assert "pixels" not in said(judge(pair[0], "small_stats.npz", *TINY))
+    assert "were enlarged" in said(judge("large.npz", photos, *TINY))         # 48 pixels and fewer, to 64
+    assert "enlarged" not in said(judge(pair[0], photos, *TINY))
+
+
+def test_more_images_asked_for_than_there_are_is_said(judge, pair):
+    assert "--num 300 is more than the 203" in said(judge(pair[0], *TINY, "--num", 300))
+    result = judge(pair[0], *TINY, "--num", 203)
+    assert result["n"] == 203 and "--num" not in said(result)
+    assert judge(pair[0], *TINY, "--num", 50)["n"] == 50
+
+
+def test_statistics_that_are_no_covariance_are_refused_by_name_before_the_work(judge, no_work, tmp_path):
+    np.savez(tmp_path / "fake.npz", arr_0=pictures(20))
+    np.savez(tmp_path / "negative.npz", mu=np.zeros(96), sigma=-np.eye(96))
+    np.savez(tmp_path / "nan.npz", mu=np.zeros(96), sigma=np.full((96, 96), np.nan))
+    for bad in ("negative.npz", "nan.npz"):
+        for sides in (("fake.npz", bad), (bad, "fake.npz")):
+            with pytest.raises(UserError, match=bad):
+                judge(*sides, *TINY)
+
+
+def run(folder):
+    """rae.pt of an autoencoder whose statistics are not 0 and 1."""
     torch.manual_seed(3)
-    rae = RAE("tiny", "tiny", 32, encoder_weights="random").eval()
-    save_checkpoint(tmp_path / "rae.pt", config=rae.config, encoder=rae.encoder.state_dict(),
-                    ema=rae.decoder.state_dict(), mean=rae.mean, var=rae.var)
-    arguments = "--rae", tmp_path, "--data", "shapes", "--num", 40, *TINY
+    rae = RAE("tiny", "tiny", 32).load_encoder("random").eval()
+    mean, var = torch.randn(16, 96), torch.rand(16, 96) + 0.1
+    save_checkpoint(folder / "rae.pt", config=rae.config, encoder=rae.encoder.state_dict(),
+                    ema=rae.decoder.state_dict(), mean=mean, var=var)
+    return folder
+
+
+def reconstructions(folder, images):
+    """images (B,3,32,32) in [0,1] -> the copies of run(folder)'s autoencoder, 8 bits, by its formula."""
+    saved = torch.load(folder / "rae.pt", weights_only=True)
+    rae = RAE("tiny", "tiny", 32).load_encoder("random").eval()
+    rae.encoder.load_state_dict(saved["encoder"])
+    rae.decoder.load_state_dict(saved["ema"])
+    std = (saved["var"] + 1e-5).sqrt()
+    z = (rae.encoder((images - 0.5) / 0.5) - saved["mean"]) / std             # (B, 16, 96)
+    with torch.no_grad():
+        copies = 0.5 * rae.decoder(z * std + saved["mean"]) + 0.5
+    return (copies.clamp(0, 1) * 255).round() / 255
+
+
+def test_reconstructions_are_judged_against_their_originals(judge, tmp_path):
+    arguments = "--rae", run(tmp_path), "--data", "shapes", "--num", 40, *TINY
     result = judge(*arguments, "--save-stats", tmp_path / "stats.npz")
     chosen = np.sort(np.random.RandomState(0).permutation(10_000)[:40])
     shapes = open_val("shapes", None, 32)
     images = torch.stack([shapes[i, 0][0] for i in chosen.tolist()]).float() / 255
-    with torch.no_grad():
-        copies = (rae.decode(rae.encode(images)).clamp(0, 1) * 255).round() / 255
+    copies = reconstructions(tmp_path, images)
     psnr = -10 * (images - copies).square().mean((1, 2, 3)).log10()
     assert result["psnr"] == pytest.approx(psnr.mean().item(), rel=1e-3)
     assert result["ssim"] == pytest.approx(fid.ssim(images, copies).mean().item(), abs=1e-3)
@@ -414,9 +751,58 @@ def test_reconstructions_are_judged_against_their_originals(judge, tmp_path):
     assert "was not made of shapes" in " ".join(judge(tmp_path / "other.npz", *arguments)["warnings"])
 
 
+def test_reconstructions_are_judged_as_images_of_8_bits(judge, photos, tmp_path, monkeypatch):
+    seen = []
+
+    def perceptual(a, b):
+        seen.append((a, b))
+        return (a - b).abs().mean((1, 2, 3), keepdim=True)
+
+    monkeypatch.setattr(fid, "load_lpips", lambda *args: perceptual)
+    result = judge("--rae", run(tmp_path), "--data", photos, "--features", "tiny", "--batch", 15)
+    files = sorted(photos.glob("*/*.png"), key=lambda file: (file.parent.name, file.name))
+    images = torch.stack([TF.to_tensor(center_crop(read_image(file), 32)) for file in files])
+    copies = reconstructions(tmp_path, images)
+    a, b = (torch.cat(side) for side in zip(*seen))
+    torch.testing.assert_close(a, 2 * images - 1)                             # the originals, in [-1, 1]
+    levels = (b + 1) / 2 * 255
+    torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-3)     # 8 bits
+    other = (b - (2 * copies - 1)).abs()
+    assert (other > 1e-4).double().mean() < 1e-3 and other.max() < 2.1 / 255  # but for ties
+    assert result["lpips"] == pytest.approx((a - b).abs().mean().item(), rel=1e-5)
+    assert result["psnr"] == pytest.approx(fid.psnr(images, copies).mean().item(), rel=1e-4)
+    expected = fid.frechet_distance(*fid.moments(tokens(copies)), *fid.moments(tokens(images)))
+    assert result["rfd"] == pytest.approx(expected, rel=1e-2) and result["reference"] == str(photos)
+    assert result["n"] == result["reference_n"] == 40 and result["reference_sha256"] is None
+
+
+def test_reconstructions_can_be_judged_against_other_images(judge, pair, tmp_path):
+    arguments = "--rae", run(tmp_path), "--data", "shapes", "--num", 40, "--features", "tiny"
+    judge(pair[1], "--features", "tiny", "--save-stats", tmp_path / "stats.npz")
+    result = judge(pair[1], *arguments)
+    assert result["rfd"] == pytest.approx(judge(tmp_path / "stats.npz", *arguments)["rfd"], rel=1e-5)
+    assert result["reference_n"] == 150 and "was not made of shapes" in said(result)
+
+
+def test_weights_of_lpips_that_were_named_have_to_be_right(judge, no_work, tmp_path):
+    with pytest.raises(UserError, match="vgg.pth: no such file"):
+        judge("--rae", run(tmp_path), "--data", "shapes", *TINY, "--lpips-vgg", tmp_path / "vgg.pth")
+
 def test_the_probe_of_tokens_beats_chance_on_shapes(judge):
     result = judge("--probe", "--data", "shapes", "--num", 400, *TINY)
     assert result["probe_top1"] > 0.15 and result["n"] == result["n_train"] == 400 and result["classes"] == 10
+
+
+def test_the_probe_learns_from_training_images_and_is_tested_on_others(judge, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(fid, "linear_probe", lambda *args: seen.append(args) or 0.5)
+    result = judge("--probe", "--data", "shapes", "--num", 30, "--features", "tiny")
+    for (x, y), first, count in ((seen[0][:2], 0, 50_000), (seen[0][2:], 50_000, 10_000)):
+        chosen = first + np.sort(np.random.RandomState(0).permutation(count)[:30])
+        images, labels = Shapes(32).render(torch.from_numpy(chosen))
+        torch.testing.assert_close(x, tokens(images.float() / 255), rtol=1e-3, atol=1e-3)
+        assert y.tolist() == labels.tolist()
+    assert result["probe_top1"] == 0.5 and result["encoder"] == "tiny"
 
 
 @pytest.mark.parametrize("problem, says", [

@@ -1,24 +1,85 @@
-"""Data, randomness, statistics and the autoencoder."""
+"""Data, randomness, files and the autoencoder."""
+import argparse
 import io
 import math
+import os
+import signal
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 
-from rae import (ENCODERS, RAE, Decoder, Folder, Order, Shapes, batches, center_crop, in_order, load_rae, mix, normals,
-                 open_data, open_val, patchify, read_weights, save_checkpoint, sincos_2d, spread, unpatchify)
-from train_decoder import latent_statistics
+import rae as module
+from assets.shapes import Shapes
+from rae import (ENCODERS, RAE, Decoder, Folder, at_least, center_crop, check_picture, default_data, fetch,
+                 good, in_fp32, in_order, load_rae, locate, mix, newest, normals, open_data, open_val,
+                 patchify, quiet_worker, random_crop, read_weights, save_checkpoint, sincos_2d, spread,
+                 unpatchify, unwrap, worker_count, writing)
+from train_decoder import Order, batches, latent_statistics
 
 CPU = torch.device("cpu")
+BROKEN = ("broken.jpg", "zero.jpg")
+SMALL = dict(width=64, depth=1, heads=1, mlp_hidden=64)
+
+
+# Arguments and precision
+
+@pytest.mark.parametrize("kind, low, most, fine, wrong", [
+    (int,   1,   math.inf, ["1", "7", str(10 ** 23)], ["0", "-3", "x", "1.5"]),
+    (float, 0,   math.inf, ["0", "1e-9", "3"],        ["-1e-9", "nan", "inf", "-inf", ""]),
+    (float, 0,   1,        ["0", "0.5", "1"],         ["1.0001", "-0.1", "nan", "inf"]),
+    (int,   -5,  5,        ["-5", "5"],               ["6", "-6"])])
+def test_numbers_out_of_range_are_refused(kind, low, most, fine, wrong):
+    number = at_least(low, kind, most)
+    assert [number(text) for text in fine] == [kind(text) for text in fine]
+    for text in wrong:
+        with pytest.raises((argparse.ArgumentTypeError, ValueError)):
+            number(text)
+    with pytest.raises(argparse.ArgumentTypeError, match=f"must be at least {low}"):
+        number(str(low - 1))
+
+
+def test_in_fp32_computes_as_if_there_were_no_autocast():
+    x, w = torch.randn(8, 64), torch.randn(64, 64)
+    product = in_fp32(lambda a, b: a @ b)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = product(x, w)
+        assert not torch.equal(inside, (x @ w).float())                 # autocast would round
+        again = torch.randn(2, 2) @ torch.randn(2, 2)
+    assert torch.equal(inside, x @ w) and again.dtype == torch.bfloat16          # and it is on again
+    assert torch.equal(product(x.bfloat16(), w), x.bfloat16().float() @ w)
+
+
+# Randomness
+
+def splitmix(*parts):
+    """The published splitmix64 finaliser, chained over the parts, in Python's integers."""
+    mask = (1 << 64) - 1
+    h = 0
+    for part in parts:
+        h = ((h ^ part) + 0x9E3779B97F4A7C15) & mask
+        h = (h ^ h >> 30) * 0xBF58476D1CE4E5B9 & mask
+        h = (h ^ h >> 27) * 0x94D049BB133111EB & mask
+        h = h ^ h >> 31
+    return h & (mask >> 1)
+
+
+def test_mix_is_splitmix64():
+    for parts in ((0,), (1,), (3, 7, 5), (2 ** 62, 123456789), (50_000, 11)):
+        assert int(mix(*parts)) == splitmix(*parts)
+    columns = mix(torch.arange(4)[:, None], torch.arange(3))
+    assert columns.tolist() == [[splitmix(i, j) for j in range(3)] for i in range(4)]
 
 
 def test_mix_is_uniform_and_every_argument_matters():
     h = mix(3, torch.arange(200_000), 5)
     assert len(h.unique()) == len(h) and h.min() >= 0
-    for bit in range(63):                                                     # mean of 200,000 fair coins: sd 0.0011
+    for bit in range(63):                                               # 200,000 fair coins: sd 0.0011
         assert abs((h >> bit & 1).double().mean() - 0.5) < 0.006, bit
     pairs = (mix(torch.arange(1000)[:, None], torch.arange(50))).flatten()
     assert len(pairs.unique()) == 50_000 and mix(1, 2) != mix(2, 1)
@@ -31,42 +92,102 @@ def test_normals_belong_to_their_key():
     assert abs(x.mean()) < 0.05 and abs(x.std() - 1) < 0.05 and not torch.equal(x[0], x[1])
 
 
+# The drawn data set
+
 def test_shapes_are_a_function_of_the_index():
-    data, held_out = Shapes(), Shapes(first=50_000, count=10)
+    data = Shapes()
+    held_out = Shapes(first=50_000, count=10)
     images, labels = data.render(torch.arange(50))
     again = data.__getitems__([(7, 1), (3, 2)])
     assert torch.equal(again[0][0], images[7]) and again[1][1] == 3 and again[1][2] == 2
-    assert not torch.equal(held_out[0, 0][0], images[0]) and torch.equal(held_out[0, 0][0], data.render(torch.tensor([50_000]))[0][0])
+    first = held_out[0, 0][0]
+    assert not torch.equal(first, images[0])
+    assert torch.equal(first, data.render(torch.tensor([50_000]))[0][0])
     assert labels.bincount().tolist() == [5] * 10 and images.dtype == torch.uint8
 
 
 def test_shapes_say_nothing_about_the_class_by_colour_or_place():
-    u = Shapes().uniform(torch.arange(20_000)).view(2000, 10, -1)             # parameters by class
+    u = Shapes().uniform(torch.arange(20_000)).view(2000, 10, -1)       # parameters by class
     assert (u.mean(0) - 0.5).abs().max() < 0.04 and (u.std(0) - 12 ** -0.5).abs().max() < 0.02
 
 
+def drawn(name, size, x=0.0, y=0.0, radius=0.5, angle=0.0):
+    """One red shape on black, and how much red there is at each pixel (H, W)."""
+    data = Shapes(size)
+    data.low = data.high = torch.tensor([0, 0, 1, 0, 1, 0, 0, 0, x, y, radius, angle])
+    image, _ = data.render(torch.tensor([Shapes.classes.index(name)]))
+    assert image[0, 1:].max() == 0
+    return image[0, 0].float() / 255
+
+
 def test_a_circle_covers_the_area_of_a_circle():
-    data = Shapes(64)
-    data.low = data.high = torch.tensor([0, 0, 1, 0, 1, 0, 0, 0, 0.1, -0.1, 0.5, 0.2])        # red on black, radius 0.95 x 0.5
-    image, _ = data.render(torch.tensor([0]))
-    area = image[0, 0].float().sum() / 255
-    assert area == pytest.approx(math.pi * (0.95 * 0.5 * 32) ** 2, rel=0.01) and image[0, 1:].max() == 0
-    rows, columns = (image[0, 0].float().sum(i) for i in (1, 0))
+    cover = drawn("circle", 64, x=0.1, y=-0.1, angle=0.2)
+    assert cover.sum() == pytest.approx(math.pi * (0.95 * 0.5 * 32) ** 2, rel=0.01)
+    rows, columns = (cover.sum(i) for i in (1, 0))
     axis = (torch.arange(64) + 0.5) / 32 - 1
     assert (columns * axis).sum() / columns.sum() == pytest.approx(0.1, abs=0.01)
     assert (rows * axis).sum() / rows.sum() == pytest.approx(-0.1, abs=0.01)
 
 
+@pytest.mark.parametrize("name, area", [                                # of outlines of radius 1, by hand
+    ("square", 1.64 ** 2), ("triangle", 1.7), ("diamond", 1.2), ("plus", 2 * 2 * 0.6 - 0.6 ** 2),
+    ("ring", math.pi * (1 - 0.56 ** 2)), ("star", 5 * 0.45 * math.sin(math.pi / 5))])
+def test_shapes_cover_the_areas_of_their_outlines(name, area):
+    side = 192
+    assert drawn(name, side).sum() == pytest.approx(area * (0.5 * side / 2) ** 2, rel=0.02)
+
+
+@pytest.mark.parametrize("name", Shapes.classes)
+def test_a_mirrored_shape_is_the_shape_turned_the_other_way(name):
+    left = drawn(name, 64, x=0.1, angle=0.2)
+    right = drawn(name, 64, x=-0.1, angle=-0.2)
+    torch.testing.assert_close(left.flip(1), right, atol=2 / 255, rtol=0)
+    if name not in ("circle", "ring"):
+        assert (drawn(name, 64, angle=0.2) - drawn(name, 64, angle=-0.2)).abs().max() > 0.2
+
+
+def test_the_ten_shapes_are_ten_shapes():
+    covers = torch.stack([drawn(name, 32) for name in Shapes.classes])
+    apart = (covers[:, None] - covers).abs().sum((2, 3)) / covers.sum((1, 2))
+    assert apart.add(torch.eye(10)).min() > 0.1
+
+
+# Pictures and folders of them
+
 def test_center_crop_is_boxes_then_bicubic():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (150, 260, 3), dtype=np.uint8))
     half = image.resize((130, 75), Image.Resampling.BOX)
-    expected = half.resize((111, 64), Image.Resampling.BICUBIC)
+    expected = half.resize((111, 64), Image.Resampling.BICUBIC).crop((23, 0, 87, 64))
     crop = center_crop(image, 64)
-    assert crop.size == (64, 64) and np.array_equal(np.array(crop), np.array(expected.crop((23, 0, 87, 64))))
+    assert crop.size == (64, 64) and np.array_equal(np.array(crop), np.array(expected))
     assert np.array_equal(np.array(center_crop(crop, 64)), np.array(crop))
 
 
-def test_every_kind_of_file_becomes_upright_rgb(tmp_path):
+def test_random_crops_are_of_the_shorter_side_at_half_as_much_again():
+    """Of a ramp, 100 high: at 1.5 x 32 = 48 pixels, neighbours differ by 100 / 48 grey levels."""
+    ramp = np.zeros((100, 240, 3), np.uint8)
+    ramp[..., 0] = np.arange(240)
+    ramp[..., 1] = np.arange(100)[:, None]
+    places = set()
+    for key in range(300):
+        crop = np.asarray(random_crop(Image.fromarray(ramp), 32, key)).astype(float)
+        assert crop.shape == (32, 32, 3)
+        inner = crop[2:-2, 2:-2]                                        # a bicubic ramp bends at its ends
+        slope = 100 / 48
+        assert np.diff(inner[..., 0], axis=1).mean() == pytest.approx(slope, abs=0.05)
+        assert np.diff(inner[..., 1], axis=0).mean() == pytest.approx(slope, abs=0.05)
+        left = (crop[16, 16, 0] + 0.5) / slope - 16.5
+        top = (crop[16, 16, 1] + 0.5) / slope - 16.5
+        places.add((round(top), round(left)))
+    tops, lefts = zip(*places)
+    assert (min(tops), max(tops)) == (0, 48 - 32) and min(lefts) <= 1 and 82 <= max(lefts) <= 115 - 32
+    again = [np.asarray(random_crop(Image.fromarray(ramp), 32, 5)) for _ in range(2)]
+    assert np.array_equal(*again)
+
+
+@pytest.fixture
+def odd_files(tmp_path):
+    """Two classes of files of all kinds, two of which are broken."""
     for part in ("a", "b é ü"):
         (tmp_path / part).mkdir()
     grey = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
@@ -74,7 +195,7 @@ def test_every_kind_of_file_becomes_upright_rgb(tmp_path):
     Image.new("CMYK", (64, 64), (0, 255, 255, 0)).save(tmp_path / "a/cmyk.jpg")
     Image.new("P", (64, 64), 3).save(tmp_path / "a/palette.png")
     turned = Image.new("RGB", (64, 64))
-    turned.paste((255, 0, 0), (0, 0, 64, 32))                                 # red above; EXIF 6: turn by 90 degrees
+    turned.paste((255, 0, 0), (0, 0, 64, 32))                           # red above; EXIF 6: turn it right
     exif = Image.Exif()
     exif[0x0112] = 6
     turned.save(tmp_path / "b é ü/turned.jpg", exif=exif, quality=95)
@@ -82,46 +203,167 @@ def test_every_kind_of_file_becomes_upright_rgb(tmp_path):
     turned.save(buffer, "JPEG")
     (tmp_path / "b é ü/broken.jpg").write_bytes(buffer.getvalue()[:300])
     (tmp_path / "b é ü/zero.jpg").write_bytes(b"")
-    data = Folder(tmp_path, 32)
-    items = {data.samples[i][0].rsplit("/", 1)[1]: data[i, i] for i in range(len(data))}
+    return tmp_path
+
+
+def test_every_kind_of_file_becomes_upright_rgb(odd_files):
+    data = Folder(odd_files, 32)
+    items = {Path(data.samples[i][0]).name: data[i, i] for i in range(len(data))}
     assert items["sixteen bit.png"][0].float().mean() == pytest.approx(127, abs=2)
     red = items["cmyk.jpg"][0].float().mean((1, 2))
     assert red[0] > 200 and red[1:].max() < 60
     right = items["turned.jpg"][0].float()[0]
     assert right[:, 20:].mean() > 240 and right[:, :12].mean() < 15
-    assert [items[name][1] for name in ("turned.jpg", "broken.jpg", "zero.jpg")] == [1, -1, -1] and data.broken.sum() == 2
-    assert sum(len(images) for images, *_ in in_order(data, 2, CPU, workers=0)) == 4
-    training = Folder(tmp_path, 32, train=True, crop=True)
-    assert all(training[i, 5][1] >= 0 for i in range(len(training)))          # the next good file instead
+    assert items["turned.jpg"][1] == 1 and items["palette.png"][1] == 0
 
 
-@pytest.mark.parametrize("length, most", [(10_000, 2048), (50_000, 10), (1000, 1000), (19, 10), (3, 10), (7, None)])
+def test_broken_files_are_named_once_and_left_out(odd_files, capsys):
+    data = Folder(odd_files, 32)
+    names = [Path(path).name for path, _ in data.samples]
+    for _ in range(2):
+        for index, name in enumerate(names):
+            assert (data[index, index] is None) == (name in BROKEN)
+    said = capsys.readouterr().out
+    assert said.count("skipped") == said.count("/broken.jpg: ") + said.count("/zero.jpg: ") == 2
+    assert data.broken.sum() == 2
+
+    # What goes through the data in order yields the others, under their own numbers
+    parts = list(in_order(data, 2, CPU, workers=0))
+    numbers = torch.cat([numbers for *_, numbers in parts]).tolist()
+    assert numbers == [i for i, name in enumerate(names) if name not in BROKEN]
+    assert sum(len(images) for images, *_ in parts) == 4
+    assert good([None, None]) is None
+
+
+def test_in_training_the_next_file_takes_a_broken_ones_place(odd_files):
+    data = Folder(odd_files, 32, train=True, crop=True)
+    names = [Path(path).name for path, _ in data.samples]
+    for index, name in enumerate(names):
+        image, label, key = data[index, 5]
+        assert key == 5
+        if name in BROKEN:
+            following = index
+            while names[following] in BROKEN:
+                following = (following + 1) % len(names)
+            expected, expected_label, _ = data[following, 5]
+            assert torch.equal(image, expected) and label == expected_label
+
+
+def test_a_folder_without_one_good_file_is_an_error(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/zero.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match="not one image of the folder can be decoded"):
+        Folder(tmp_path, 32, train=True)[0, 0]
+
+
+def test_folders_that_hold_no_data_set_are_refused(tmp_path, photos):
+    with pytest.raises(ValueError, match="no such folder, or no class folder"):
+        Folder(tmp_path / "nowhere", 32)
+    (tmp_path / "empty/class").mkdir(parents=True)
+    with pytest.raises(ValueError, match="no image in any of its 1 class folders"):
+        Folder(tmp_path / "empty", 32)
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    Image.new("RGB", (9, 9)).save(flat / "a.png")
+    with pytest.raises(ValueError, match="mkdir .*/flat/all && mv .*makes one class"):
+        Folder(flat, 32)
+
+
+def test_a_folder_linked_to_its_own_parent_is_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "a/x.png")
+    assert len(Folder(tmp_path, 8)) == 1
+    (tmp_path / "a/loop").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="a link leads into a folder that is there already"):
+        Folder(tmp_path, 8)
+
+
+def test_small_images_are_enlarged_with_a_warning_of_one_line(tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    for name, side in (("x", 40), ("y", 40), ("z", 64)):
+        Image.new("RGB", (side, 64)).save(tmp_path / f"a/{name}.png")
+    for train in (False, True):
+        data = Folder(tmp_path, 64, train=train, crop=True)
+        assert all(data[i, i][0].shape == (3, 64, 64) for i in (0, 1, 2, 0))
+        said = capsys.readouterr().out
+        assert said.count("WARNING") == 1 and "x.png has 40 x 64 pixels, and is enlarged to 64" in said
+    data = Folder(tmp_path, 40)
+    assert data[0, 0][0].shape == (3, 40, 40) and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("length, most", [
+    (10_000, 2048), (50_000, 10), (1000, 1000), (19, 10), (3, 10), (7, None)])
 def test_a_part_of_a_data_set_has_all_classes_sorted_or_taking_turns(length, most):
     places = torch.tensor(spread(length, most))
-    assert len(places) == min(length, most or length) == len(places.unique()) and 0 <= places.min() <= places.max() < length
+    assert len(places) == min(length, most or length) == len(places.unique())
+    assert 0 <= places.min() <= places.max() < length
     if length >= 1000:
         for classes in (places * 10 // length, places % 10):
             counts = classes.bincount(minlength=10)
             assert counts.max() - counts.min() <= 0.15 * len(places) / 10 + 1, counts
     data = Shapes(first=50_000, count=length)
-    seen = [torch.cat([i for *_, i in in_order(data, 7, CPU, rank, 2, most=most)]) for rank in range(2) if length > rank]
+    seen = []
+    for rank in range(min(2, length)):
+        seen += [numbers for *_, numbers in in_order(data, 7, CPU, rank, 2, most=most)]
     assert torch.cat(seen).sort().values.tolist() == list(range(len(places)))
     _, labels, _ = next(in_order(data, 7, CPU, most=most))
-    assert labels.tolist() == [p % 10 for p in spread(length, most)[:7]]
+    assert labels.tolist() == [place % 10 for place in spread(length, most)[:7]]
+
+
+def test_train_and_val_folders_are_found(photos, tmp_path):
+    for part in ("train", "val"):
+        (tmp_path / part).symlink_to(photos)
+    assert len(open_data(tmp_path, 32)) == 40 and open_data(tmp_path, 32).train
+    assert not open_val(None, tmp_path, 32).train
+    assert open_val(None, photos, 32) is None and len(open_val(None, "shapes", 32)) == 10_000
+    assert len(open_val(photos, "shapes", 32)) == 40 and len(open_val("shapes", photos, 32)) == 10_000
+    assert open_val(None, "shapes", 32).first == 50_000 and open_data("shapes", 32).first == 0
+
+
+# Loading
+
+def test_loaders_take_this_ranks_share_of_the_cores_it_may_use(photos, monkeypatch):
+    data = Folder(photos, 32)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    for cores, ranks, expected in ((64, 1, 8), (6, 1, 6), (6, 2, 3), (6, 4, 1), (1, 8, 1), (32, 8, 4)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        assert worker_count(data) == expected
+        assert worker_count(data, 0) == 0 and worker_count(data, 5) == 5
+        assert worker_count(Shapes()) == 0 and worker_count(Shapes(), 2) == 2
+    monkeypatch.delattr(os, "sched_getaffinity")                        # macOS has none
+    assert worker_count(data) == 8
+
+
+def test_loader_processes_leave_signals_to_the_main_one():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        quiet_worker(0)
+        assert {signal.getsignal(number) for number in before} == {signal.SIG_IGN}
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("world, accum", [(1, 1), (2, 1), (1, 3), (3, 2)])
 def test_the_order_is_a_function_of_seed_and_step(world, accum):
-    def step_items(step, **kw):
-        return [sum([next(it) for _ in range(kw.get("accum", 1))], []) for it in (iter(Order(50, 12, step=step, **kw)),)][0]
+    def step_items(step, accum=1, **options):
+        order = iter(Order(50, 12, step=step, accum=accum, **options))
+        return sum([next(order) for _ in range(accum)], [])
+
     reference = step_items(9)
     parts = [step_items(9, accum=accum, rank=rank, world=world) for rank in range(world)]
     assert sorted(sum(parts, [])) == sorted(reference) and len({key for _, key in reference}) == 12
-    it, seen = iter(Order(50, 12)), []
-    for _ in range(25):                                                       # 300 places = 6 epochs
-        seen += [index for index, _ in next(it)]
-    assert all(sorted(seen[e * 50:(e + 1) * 50]) == list(range(50)) for e in range(6)) and seen[:50] != seen[50:100]
     assert step_items(9, seed=1) != reference
+    assert not {key for _, key in reference} & {key for _, key in step_items(10)}    # no noise comes twice
+
+    order = iter(Order(50, 12))
+    seen = []
+    for _ in range(25):                                                 # 300 places = 6 epochs
+        seen += [index for index, _ in next(order)]
+    assert all(sorted(seen[e * 50:(e + 1) * 50]) == list(range(50)) for e in range(6))
+    assert seen[:50] != seen[50:100]
 
 
 def test_batches_with_workers_are_those_without(photos):
@@ -130,23 +372,29 @@ def test_batches_with_workers_are_those_without(photos):
     assert all(torch.equal(a, b) for a, b in zip(one, two)) and 0 <= one[0].min() and one[0].max() <= 1
 
 
-def test_train_and_val_folders_are_found(photos, tmp_path):
-    for part in ("train", "val"):
-        (tmp_path / part).symlink_to(photos)
-    assert len(open_data(tmp_path, 32)) == 40 and not open_val(None, tmp_path, 32).train
-    assert open_val(None, photos, 32) is None and len(open_val(None, "shapes", 32)) == 10_000
-    assert open_val(None, "shapes", 32).first == 50_000
+@pytest.mark.parametrize("batch", [3, 7, 40])
+def test_latent_statistics_are_the_two_pass_ones(photos, batch):
+    data = Folder(photos, 32)
+    rae = RAE("tiny", "tiny", 32).load_encoder("random")
+    mean, var = latent_statistics(rae, data, batch, CPU, workers=0)
+    images = torch.stack([data[i, i][0] for i in range(40)]).float() / 255
+    x = rae.tokens(torch.cat([images, images.flip(-1)])).double()
+    torch.testing.assert_close(mean, x.mean(0).float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(var, x.var(0, correction=0).float(), rtol=1e-5, atol=1e-7)
 
+
+# The decoder and the autoencoder
 
 def test_patchify_and_unpatchify_are_inverse_and_ordered_row_column_channel():
     images = torch.randn(2, 3, 8, 8)
     x = patchify(images, 4)
     assert torch.equal(unpatchify(x, 4), images)
-    assert x[1, 3, (2 * 4 + 1) * 3 + 2] == images[1, 2, 4 + 2, 4 + 1]         # token (1,1), row 2, column 1, channel 2
+    # token (1, 1), row 2, column 1, channel 2
+    assert x[1, 3, (2 * 4 + 1) * 3 + 2] == images[1, 2, 4 + 2, 4 + 1]
 
 
 def test_sincos_position_embedding_has_columns_first():
-    e = sincos_2d(3, 8)                                                       # omega = 1, 0.01
+    e = sincos_2d(3, 8)                                                 # omega = 1, 0.01
     row, column = 2, 1
     expected = [math.sin(column), math.sin(column / 100), math.cos(column), math.cos(column / 100),
                 math.sin(row), math.sin(row / 100), math.cos(row), math.cos(row / 100)]
@@ -156,46 +404,35 @@ def test_sincos_position_embedding_has_columns_first():
 @pytest.mark.parametrize("encoder", ["tiny", "pixel"])
 def test_encode_standardises_and_decode_mirrors_it(encoder):
     size = ENCODERS[encoder].image
-    rae = RAE(encoder, "tiny", size, encoder_weights="random")
+    rae = RAE(encoder, "tiny", size).load_encoder("random")
     images = torch.rand(3, 3, size, size)
-    rae.mean.normal_(), rae.var.uniform_(0.5, 2)
+    rae.mean.normal_()
+    rae.var.uniform_(0.5, 2)
     z = rae.encode(images)
+    x = rae.tokens(images)
     assert z.shape == (3, rae.num_tokens, rae.token_dim) and torch.equal(z, rae.encode(images))
-    torch.testing.assert_close(z * rae.std + rae.mean, rae.tokens(images))
-    perfect = lambda tokens: (images - rae.pixel_mean) / rae.pixel_std
+    torch.testing.assert_close(z, (x - rae.mean) / (rae.var + 1e-5).sqrt())
+
+    def perfect(tokens):
+        """Of exactly these tokens it knows the picture, as the encoder was shown it; off them, it is off."""
+        error = (tokens - x).mean((1, 2))[:, None, None, None]
+        seen.append(tokens)
+        return (images - rae.pixel_mean) / rae.pixel_std + error
+
+    seen = []
     torch.testing.assert_close(rae.decode(z, perfect), images)
+    torch.testing.assert_close(seen[0], x)                              # a decoder is given the raw tokens
+    shift, scale = torch.tensor(rae.spec.pixels).view(2, 3, 1, 1)
+    torch.testing.assert_close(rae.decode(z), rae.decoder(x) * scale + shift)
     assert rae.decode(z).shape == images.shape
 
 
 def test_upsampling_decodes_larger_from_the_same_tokens():
-    small = RAE("tiny", "tiny", 32, encoder_weights="random")
-    large = RAE("tiny", "tiny", 32, upsample=2, encoder_weights=small.encoder.state_dict())
+    small = RAE("tiny", "tiny", 32).load_encoder("random")
+    large = RAE("tiny", "tiny", 32, upsample=2).load_encoder(small.encoder.state_dict())
     images = torch.rand(2, 3, 64, 64)
     torch.testing.assert_close(large.tokens(images), small.tokens(F.avg_pool2d(images, 2)))
     assert large.decode(large.encode(images)).shape == (2, 3, 64, 64)
-
-
-@pytest.mark.parametrize("batch", [3, 7, 40])
-def test_latent_statistics_are_the_two_pass_ones(photos, batch):
-    data, rae = Folder(photos, 32), RAE("tiny", "tiny", 32, encoder_weights="random")
-    mean, var = latent_statistics(rae, data, batch, CPU, workers=0)
-    images = torch.stack([data[i, i][0] for i in range(40)]).float() / 255
-    x = rae.tokens(torch.cat([images, images.flip(-1)])).double()
-    torch.testing.assert_close(mean, x.mean(0).float(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(var, x.var(0, correction=0).float(), rtol=1e-5, atol=1e-7)
-
-
-def test_a_checkpoint_runs_no_code_and_is_replaced_whole(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return (print, ("executed",))
-    torch.save({"config": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match="evil.pt is no checkpoint that can be read without running code"):
-        load_rae(tmp_path / "evil.pt")
-    assert save_checkpoint(tmp_path / "x/a.pt", step=1) and read_weights(tmp_path / "x/a.pt")["step"] == 1
-    (tmp_path / "file").write_text("")
-    assert not save_checkpoint(tmp_path / "file/a.pt", step=1)                # reported, not raised
-    assert [p.name for p in (tmp_path / "x").iterdir()] == ["a.pt"]
 
 
 @pytest.mark.parametrize("arguments, sentence", [
@@ -204,7 +441,7 @@ def test_a_checkpoint_runs_no_code_and_is_replaced_whole(tmp_path):
     (dict(decoder=dict(width=100, depth=1, heads=3, mlp_hidden=8)), "width 100, 3 heads")])
 def test_impossible_autoencoders_are_refused_in_a_sentence(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
-        RAE(**dict(dict(decoder="B", encoder_weights=False), **arguments))
+        RAE(**dict(dict(decoder="B"), **arguments))
 
 
 def test_decoder_runs_on_the_meta_device():
@@ -213,7 +450,212 @@ def test_decoder_runs_on_the_meta_device():
 
 
 def test_a_saved_encoder_comes_back_at_its_grid():
-    sizes = dict(width=64, depth=1, heads=1, mlp_hidden=64)
-    rae = RAE("dinov2_s", sizes, 48, encoder_weights="random")                # 3x3 of the table's 37x37 positions
-    again, images = RAE("dinov2_s", sizes, 48, encoder_weights=rae.encoder.state_dict()), torch.rand(1, 3, 48, 48)
+    rae = RAE("dinov2_s", SMALL, 48).load_encoder("random")             # 3x3 of the table's 37x37 positions
+    again = RAE("dinov2_s", SMALL, 48).load_encoder(rae.encoder.state_dict())
+    images = torch.rand(1, 3, 48, 48)
     assert torch.equal(again.tokens(images), rae.tokens(images))
+
+
+# Files
+
+def save(path, data="shapes", encoder=None, **more):
+    """A rae.pt whose trained weights are not its averaged ones; the autoencoder that it must give."""
+    rae = RAE("tiny", SMALL, 32)
+    rae.mean.normal_()
+    rae.var.uniform_(0.5, 2)
+    averaged = {key: value.clone() for key, value in rae.decoder.state_dict().items()}
+    trained = {key: value + 1 for key, value in averaged.items()}
+    save_checkpoint(path, config=rae.config, mean=rae.mean, var=rae.var, model=trained, ema=averaged,
+                    encoder=encoder, data=data, step=7, **more)
+    return rae
+
+
+def test_loading_takes_the_averaged_weights(tmp_path):
+    expected = save(tmp_path / "rae.pt")
+    z = torch.randn(2, 16, 96)
+    for name in (tmp_path, tmp_path / "rae.pt", str(tmp_path)):
+        loaded = load_rae(name, decode_only=True)
+        assert torch.equal(loaded.decode(z), expected.decode(z)) and loaded.data == "shapes"
+        assert loaded.encoder is None and not loaded.training
+        assert not any(weight.requires_grad for weight in loaded.parameters())
+    images = torch.rand(2, 3, 32, 32)
+    expected.load_encoder()
+    assert torch.equal(load_rae(tmp_path).encode(images), expected.encode(images))
+
+
+def test_the_encoders_weights_come_from_the_file_that_has_them(tmp_path):
+    encoder = RAE("tiny", SMALL, 32).load_encoder("random").encoder
+    save(tmp_path / "rae.pt", encoder=encoder.state_dict())
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(load_rae(tmp_path).encoder(x), encoder(x))
+
+
+def test_the_data_of_an_autoencoder_is_that_of_its_training(tmp_path):
+    save(tmp_path / "rae.pt", data="out/photos")
+    assert default_data(load_rae(tmp_path, decode_only=True)) == "out/photos"
+    assert default_data(RAE("tiny", SMALL, 32)) == "shapes"
+    assert default_data(RAE("dinov2_s", SMALL, 48)) == "data/imagenet"
+
+
+def test_other_checkpoints_are_no_autoencoder(tmp_path):
+    torch.save(dict(config=dict(width=1), ema={}, alpha=1.0), tmp_path / "dit.pt")
+    with pytest.raises(ValueError, match="dit.pt is no rae.pt"):
+        load_rae(tmp_path / "dit.pt")
+    save(tmp_path / "rae.pt")
+    saved = read_weights(tmp_path / "rae.pt")
+    del saved["ema"]["norm.bias"]
+    torch.save(saved, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="other.pt: weights of another model: 1 missing .norm.bias"):
+        load_rae(tmp_path / "other.pt")
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (print, ("executed",))
+    torch.save({"config": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match="evil.pt is no checkpoint that can be read without running code"):
+        load_rae(tmp_path / "evil.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="list.pt is no checkpoint .*holds a list"):
+        read_weights(tmp_path / "list.pt")
+
+
+def test_a_checkpoint_is_replaced_whole(tmp_path):
+    save_checkpoint(tmp_path / "x/a.pt", step=1)
+    save_checkpoint(tmp_path / "x/a.pt", step=2)
+    saved = read_weights(tmp_path / "x/a.pt")
+    assert saved["step"] == 2 and saved["versions"]["torch"] == str(torch.__version__)
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["a.pt"]
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "a.pt", step=1)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file/a.pt could not be written .*make room, or name another"):
+        save_checkpoint(tmp_path / "file/a.pt", step=1)
+
+    def full(state, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ValueError, match="a.pt could not be written .*No space left"):
+        save_checkpoint(tmp_path / "a.pt", step=2)
+    assert read_weights(tmp_path / "a.pt")["step"] == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "file"]
+
+
+def test_writing_turns_a_full_disk_into_a_sentence_and_nothing_else():
+    for error in (OSError("full"), RuntimeError("full")):
+        with pytest.raises(module.UserError, match="x.png could not be written .full."), writing("x.png"):
+            raise error
+    with pytest.raises(KeyError), writing("x.png"):
+        raise KeyError("a fault of the program")
+
+
+def test_checkpoints_are_mapped_and_old_ones_still_read(tmp_path, monkeypatch):
+    """Mapped: the ranks of a machine share the pages, and sampling never reads the optimiser."""
+    asked = []
+    load = torch.load
+
+    def spy(*args, **options):
+        asked.append(options)
+        return load(*args, **options)
+    monkeypatch.setattr(torch, "load", spy)
+    state = {"weight": torch.randn(3, 4)}
+    torch.save(state, tmp_path / "new.pt")
+    torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    save_file(state, tmp_path / "x.safetensors")
+    for name in ("new.pt", "old.pt", "x.safetensors"):
+        assert torch.equal(read_weights(tmp_path / name)["weight"], state["weight"])
+    assert [options["mmap"] for options in asked] == [True, False]
+    assert all(options["weights_only"] for options in asked)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_file_that_was_cut_short_is_told_as_that(suffix, tmp_path):
+    path = tmp_path / f"x{suffix}"
+    state = {"weight": torch.randn(100, 100)}
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    whole = path.read_bytes()
+    for size in (len(whole) // 2, len(whole) - 30, 10, 0):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=f"x{suffix} is cut short or damaged.*again"):
+            read_weights(path)
+    with pytest.raises(ValueError, match="nothing.pt: no such file"):
+        read_weights(tmp_path / "nothing.pt")
+
+
+def test_published_files_are_unwrapped():
+    state = {"a": 1}
+    assert unwrap(state) == unwrap({"model": state}) == unwrap({"ema": state, "model": {"a": 2}}) == state
+
+
+def test_a_file_of_the_hub_is_named_when_there_is_no_network(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def offline(repo, file):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("offline")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(ValueError, match="cannot fetch a/b.pt of some/repo .*name it with --here PATH"):
+        fetch("some/repo", "a/b.pt", "--here PATH")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file: f"/cache/{repo}/{file}")
+    assert fetch("some/repo", "a/b.pt", "--here PATH") == Path("/cache/some/repo/a/b.pt")
+
+
+def test_the_newest_run_is_found_else_the_demo(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert newest("rae.pt") == module.ROOT / "assets/demo/rae.pt"
+    for age, name in enumerate(("b", "c", "a")):
+        path = tmp_path / "out" / name / "rae.pt"
+        path.parent.mkdir(parents=True)
+        path.write_text("")
+        os.utime(path, (1000 - age, 1000 - age))
+    (tmp_path / "out/release/mae_b").mkdir(parents=True)
+    (tmp_path / "out/release/mae_b/rae.pt").write_text("")              # a release is no run
+    assert newest("rae.pt") == Path("out/b/rae.pt")
+    assert locate("out/b", "rae.pt") == Path("out/b/rae.pt") == locate("out/b/rae.pt", "rae.pt")
+
+
+def test_a_picture_s_name_is_checked_before_any_work(tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    for name in ("folder.png", "noext", "x.npz", "new/"):
+        with pytest.raises(ValueError, match="names no picture"):
+            check_picture(f"{tmp_path}/{name}")
+    for name in ("x.png", "y.JPG", "new/z.webp"):
+        check_picture(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
+
+
+def test_the_script_draws_originals_above_reconstructions(tmp_path, monkeypatch, capsys):
+    save(tmp_path / "rae.pt")
+    images, _ = Shapes(32).render(torch.arange(2))
+    for name, image in zip("ab", images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{name}.png")
+    out = tmp_path / "new/picture.png"
+    monkeypatch.setattr(sys, "argv", ["rae.py", f"{tmp_path}/a.png", f"{tmp_path}/b.png",
+                                      "--run", str(tmp_path), "--out", str(out)])
+    module.main()
+    said = capsys.readouterr().out
+
+    # The figure that is printed, and what stands where in the picture: rows of 2, 2 pixels apart
+    rae = load_rae(tmp_path)
+    x = images.float() / 255
+    copies = rae.decode(rae.encode(x)).clamp(0, 1)
+    psnr = (-10 * (x - copies).square().mean((1, 2, 3)).log10()).mean()
+    assert f"mean PSNR {psnr:.2f} dB over 2 images" in said
+    grid = np.asarray(Image.open(out)).astype(float)
+    zoom = 96 // 32
+    for row, pair in enumerate((x, copies)):
+        for column, image in enumerate(pair):
+            top, left = (2 + place * (96 + 2) for place in (row, column))
+            shown = grid[top:top + 96:zoom, left:left + 96:zoom]
+            assert np.abs(shown - image.permute(1, 2, 0).numpy() * 255).max() <= 1
+
+    # Names that cannot be are refused before the autoencoder is loaded
+    monkeypatch.setattr(sys, "argv", ["rae.py", "a.png", "--run", "nowhere", "--out", "noext"])
+    with pytest.raises(ValueError, match="names no picture"):
+        module.main()
+    monkeypatch.setattr(sys, "argv", ["rae.py", f"{tmp_path}/rae.pt", "--run", str(tmp_path)])
+    with pytest.raises(ValueError, match="cannot read .*rae.pt"):
+        module.main()

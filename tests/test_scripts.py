@@ -1,16 +1,21 @@
-"""The scripts as processes: ranks, accumulation, resuming and bad input."""
+"""The scripts as their users run them: ranks, accumulation, resuming, what follows what, and bad input."""
 import importlib
+import json
+import os
 import re
 import shutil
+import subprocess
+import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import DECODER, DIT, launch, losses
+from _pytest.outcomes import Failed
+from conftest import DECODER, DIT, ENVIRONMENT, ROOT, as_it_was, command_line, inside, launch, load, losses
+from PIL import Image
 
-
-def load(path):
-    return torch.load(path, weights_only=True)
+import rae
+from rae import UserError
 
 
 def close(a, b, rtol=1e-4, atol=2e-4):
@@ -19,9 +24,15 @@ def close(a, b, rtol=1e-4, atol=2e-4):
         torch.testing.assert_close(a[key], b[key], rtol=rtol, atol=atol, msg=lambda text: f"{key}: {text}")
 
 
+# Ranks, accumulation, resuming: the same run
+
 @pytest.mark.parametrize("ranks, accum", [(2, 1), (1, 3), (2, 2)])
 def test_ranks_and_accumulation_change_nothing_in_stage_1(trained, tmp_path, photos, ranks, accum):
-    launch("train_decoder.py", *DECODER, "--data", photos, "--steps", 4, "--accum", accum, cwd=tmp_path, ranks=ranks)
+    flags = (*DECODER, "--data", photos, "--steps", 4, "--accum", accum)
+    if ranks == 1:
+        inside("train_decoder.py", *flags, cwd=tmp_path)
+    else:
+        launch("train_decoder.py", *flags, cwd=tmp_path, ranks=ranks)
     one, many = load(trained / "out/tiny/rae.pt"), load(tmp_path / "out/tiny/rae.pt")
     torch.testing.assert_close(losses(tmp_path / "out/tiny", 1), losses(trained / "out/tiny", 1), rtol=1e-4, atol=1e-5)
     close(one["model"], many["model"]), close(one["ema"], many["ema"])
@@ -31,18 +42,23 @@ def test_ranks_and_accumulation_change_nothing_in_stage_1(trained, tmp_path, pho
 
 @pytest.mark.parametrize("ranks, accum", [(2, 1), (1, 3)])
 def test_ranks_and_accumulation_change_nothing_in_stage_2(trained, tmp_path, photos, ranks, accum):
-    launch("train_dit.py", *DIT, "--data", photos, "--steps", 6, "--accum", accum, "--rae", trained / "out/tiny/rae.pt",
-           "--run", tmp_path, cwd=tmp_path, ranks=ranks)
+    flags = (*DIT, "--data", photos, "--steps", 6, "--accum", accum, "--rae", trained / "out/tiny/rae.pt",
+             "--run", tmp_path)
+    if ranks == 1:
+        inside("train_dit.py", *flags, cwd=tmp_path)
+    else:
+        launch("train_dit.py", *flags, cwd=tmp_path, ranks=ranks)
     torch.testing.assert_close(losses(tmp_path, 2), losses(trained / "out/tiny", 2), rtol=1e-4, atol=1e-5)
     one, many = load(trained / "out/tiny/dit.pt"), load(tmp_path / "dit.pt")
     close(one["model"], many["model"]), close(one["ema"], many["ema"])
 
 
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(trained, tmp_path, photos):
-    for steps in (1, 4, 4):                                                   # 40 / 12: stopped in the middle of an epoch
-        launch("train_decoder.py", *DECODER, "--data", photos, "--steps", steps, cwd=tmp_path)
+    launch("train_decoder.py", *DECODER, "--data", photos, "--steps", 1, cwd=tmp_path)        # a process of its own
+    for steps in (4, 4):                                                      # 40 / 12: stopped in the middle of an epoch
+        inside("train_decoder.py", *DECODER, "--data", photos, "--steps", steps, cwd=tmp_path)
     for steps in (4, 6):
-        text = launch("train_dit.py", *DIT, "--data", photos, "--steps", steps, cwd=tmp_path)
+        text = inside("train_dit.py", *DIT, "--data", photos, "--steps", steps, cwd=tmp_path)
     assert "steps 4 to 6" in text
     for name, stage in (("rae.pt", 1), ("dit.pt", 2)):
         one, two = load(trained / "out/tiny" / name), load(tmp_path / "out/tiny" / name)
@@ -50,72 +66,205 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(trained, tmp_path, photo
             for key, value in one[part].items():
                 assert torch.equal(value, two[part][key]), f"{name} {part} {key}"
         assert losses(trained / "out/tiny", stage) == losses(tmp_path / "out/tiny", stage)
-    assert "finished" in launch("train_dit.py", *DIT, "--data", photos, "--steps", 6, cwd=tmp_path)
+    assert "finished" in inside("train_dit.py", *DIT, "--data", photos, "--steps", 6, cwd=tmp_path)
+
+
+def pictures_of(path):
+    """(images int (N,H,W,3), labels) of an archive, read at once: the next run writes the same file."""
+    with np.load(path, allow_pickle=False) as archive:
+        return archive["arr_0"].astype(int), archive["labels"]
 
 
 def test_samples_do_not_depend_on_ranks_or_batch(trained, tmp_path):
     arrays = []
+    flags = ("--run", trained / "out/tiny", "--npz", tmp_path / "s.npz", "--steps", 4)
     for ranks, batch in ((1, 20), (1, 3), (2, 4)):
-        launch("sample.py", "--run", trained / "out/tiny", "--npz", tmp_path / "s.npz", "--num", 20, "--steps", 4, "--batch",
-               batch, cwd=tmp_path, ranks=ranks)
-        arrays.append(np.load(tmp_path / "s.npz", allow_pickle=False))
-    for other in arrays[1:]:
-        assert np.abs(arrays[0]["arr_0"].astype(int) - other["arr_0"]).max() <= 1
-        assert (arrays[0]["labels"] == other["labels"]).all()
-    assert arrays[0]["arr_0"].shape == (20, 32, 32, 3) and np.bincount(arrays[0]["labels"]).tolist() == [5] * 4
-    assert (np.diff(arrays[0]["labels"]) < 0).any()                           # shuffled
-    launch("sample.py", "--run", trained / "out/tiny", "--npz", tmp_path / "s.npz", "--num", 2, "--steps", 4, cwd=tmp_path, ranks=3)
-    few = np.load(tmp_path / "s.npz", allow_pickle=False)                     # one rank has no image to make
-    assert np.abs(arrays[0]["arr_0"][:2].astype(int) - few["arr_0"]).max() <= 1
+        (tmp_path / "s.npz").unlink(missing_ok=True)
+        if ranks == 1:
+            inside("sample.py", *flags, "--num", 20, "--batch", batch, cwd=tmp_path)
+        else:
+            launch("sample.py", *flags, "--num", 20, "--batch", batch, cwd=tmp_path, ranks=ranks)
+        arrays.append(pictures_of(tmp_path / "s.npz"))
+    images, labels = arrays[0]
+    for other_images, other_labels in arrays[1:]:
+        assert np.abs(images - other_images).max() <= 1                       # grey level
+        assert (labels == other_labels).all()
+    assert images.shape == (20, 32, 32, 3) and np.bincount(labels).tolist() == [5] * 4
+    assert (np.diff(labels) < 0).any()                                        # shuffled
+    launch("sample.py", *flags, "--num", 2, cwd=tmp_path, ranks=3)            # one rank has no image to make
+    few, _ = pictures_of(tmp_path / "s.npz")
+    assert np.abs(images[:2] - few).max() <= 1
     assert not list(tmp_path.glob("*.part*"))
 
 
-NAMES = ("an unknown encoder", "a missing folder", "an empty folder", "no classes", "no network", "no checkpoint",
-         "a run without one", "sampling without one", "other settings", "heads that do not divide", "a batch that does not",
-         "no steps", "an unknown class", "an unknown release", "released files that are not there", "no network for the release")
+def test_two_commands_that_draw_into_one_file_at_once_both_work(trained, tmp_path):
+    command = command_line("sample.py", "--run", trained / "out/tiny", "--out", "s.png", "--steps", 4, "--num", 8)
+    both = [subprocess.Popen(command, cwd=tmp_path, env=os.environ | ENVIRONMENT, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
+    for process in both:
+        text, _ = process.communicate(timeout=240)
+        assert process.returncode == 0 and "wrote s.png" in text and "Traceback" not in text, text
+    assert [path.name for path in tmp_path.iterdir()] == ["s.png"]
+    assert Image.open(tmp_path / "s.png").width > 4 * 32                      # four columns
 
 
-def bad(trained, tmp_path, photos):
-    (tmp_path / "empty/class").mkdir(parents=True)
-    (tmp_path / "notes.pt").write_text("not a checkpoint")
+# What one stage leaves to the next
+
+def test_stage_2_trains_on_the_data_of_its_autoencoder_and_judges_on_its_held_out_images(tmp_path, photos):
+    shutil.copytree(photos, tmp_path / "data/train")
+    for label in range(4):                                                    # of each class three are held out
+        (tmp_path / f"data/val/class{label}").mkdir(parents=True)
+        for i in range(3):
+            name = f"class{label}/{label + 4 * i}.png"
+            (tmp_path / "data/train" / name).rename(tmp_path / "data/val" / name)
+    inside("train_decoder.py", *DECODER, "--data", "data", "--steps", 2, cwd=tmp_path)
+    text = inside("train_dit.py", *DIT, "--steps", 1, "--eval-every", 1, cwd=tmp_path)
+    assert "data: 28 images" in text and load(tmp_path / "out/tiny/dit.pt")["classes"] == [f"class{i}" for i in range(4)]
+    log = [json.loads(line) for line in (tmp_path / "out/tiny/log.jsonl").read_text().splitlines()]
+    assert [line["n"] for line in log if line["stage"] == 2 and "fd" in line] == [12]
+    (tmp_path / "elsewhere").mkdir()                                          # a relative --data is found from there, too
+    text = inside("train_dit.py", *DIT, "--rae", tmp_path / "out/tiny", "--run", "run", "--steps", 1,
+                  cwd=tmp_path / "elsewhere")
+    assert "data: 28 images" in text
+
+    (tmp_path / "data").rename(tmp_path / "gone")
+    with pytest.raises(UserError, match="data.*is not there.*--data"):
+        inside("train_dit.py", *DIT, "--run", "other", "--rae", "out/tiny", "--steps", 1, cwd=tmp_path)
+    assert "gone: 28 images" in inside("train_dit.py", *DIT, "--run", "other", "--rae", "out/tiny", "--steps", 1,
+                                       "--data", "gone", cwd=tmp_path)
+
+
+def test_the_next_command_names_the_run(tmp_path, photos):
+    run = ("--run", "mine/one")
+    text = inside("train_decoder.py", *DECODER, *run, "--data", photos, "--steps", 1, cwd=tmp_path)
+    assert text.splitlines()[-1].endswith("Next: python train_dit.py --run mine/one")
+    text = inside("train_dit.py", *DIT, *run, "--steps", 1, cwd=tmp_path)
+    assert text.splitlines()[-1].endswith("Next: python sample.py --run mine/one")
+    text = inside("sample.py", *run, "--steps", 2, "--num", 4, cwd=tmp_path)
+    assert re.search("Next: python sample.py --run mine/one --npz .*", text.splitlines()[-1])
+    image = next(photos.glob("*/*.png"))
+    text = inside("rae.py", image, *run, cwd=tmp_path)
+    assert "--rae mine/one" in text.split("Next: python ")[1]
+
+
+def test_what_is_odd_but_allowed_gets_a_warning(tmp_path, photos):
+    flags = (*DECODER, "--data", photos, "--steps", 1)
+    text = inside("train_decoder.py", *flags, "--batch", 48, "--warmup", 9, "--run", "a", cwd=tmp_path)
+    assert re.search("WARNING: --batch 48 .*40 images", text) and re.search("WARNING: --warmup 9.0 .*--epochs 4.0", text)
+    text = inside("train_decoder.py", *flags, "--run", "b", "--epochs", 0.2, "--steps", 50, cwd=tmp_path)
+    assert re.search("--steps 50 is beyond the schedule, which ends at step 1:", text)
+    assert "WARNING" not in inside("train_decoder.py", *flags, "--run", "c", cwd=tmp_path)
+
+
+# Bad input: one sentence before any work
+
+CASES = {  # name: (command, the sentence); words in capitals are places that `bad` makes
+    "an unknown encoder": ("train_decoder.py --encoder clip", "unknown encoder 'clip'"),
+    "a missing folder": ("train_decoder.py --encoder tiny --data nowhere", "nowhere"),
+    "an empty folder": ("train_decoder.py --encoder tiny --data empty", "no image"),
+    "no classes": ("train_decoder.py --encoder tiny --data nothing", "nothing"),
+    "no network": ("train_decoder.py --encoder mae_b --data PHOTOS --lpips-weight 0 --gan-weight 0",
+                   "model.safetensors of timm/vit_base_patch16_224.mae .*--encoder-weights"),
+    "no checkpoint": ("train_dit.py --run OTHER --rae notes.pt", "notes.pt is no checkpoint"),
+    "a run without one": ("train_dit.py --run nothing", "nothing holds no rae.pt.*--rae"),
+    "sampling without one": ("sample.py --run nothing", "dit.pt: no such file"),
+    "other settings": ("train_dit.py --run OTHER DIT --data PHOTOS --head 0", "head was 96, is 0"),
+    "heads that do not divide": ("train_dit.py --rae OTHER --run new --width 100 --depth 1 --heads 3 --data PHOTOS",
+                                 "100 .*3 heads"),
+    "a batch that does not": ("train_dit.py --run OTHER --batch 9 --accum 2 --data PHOTOS", "--batch 9"),
+    "no steps": ("sample.py --steps 0", "--steps.*at least 1"),
+    "an unknown class": ("sample.py --run OTHER --classes dodo", "unknown class dodo.*class0"),
+    "an unknown release": ("sample.py --run release:imagenet1024", "no release:imagenet1024.* imagenet256"),
+    "no network for the release": ("sample.py --run release:imagenet256",
+                                   ".pt of nyu-visionx/RAE-collections .*--from DIR"),
+
+    # places
+    "a run that is a file": ("train_decoder.py DECODER --data PHOTOS --run notes.pt", "notes.pt could not be written"),
+    "a run below a file": ("train_dit.py DIT --data PHOTOS --rae OTHER --run notes.pt/run",
+                           "notes.pt/run could not be written"),
+    "a dit.pt for stage 1": ("train_decoder.py DECODER --data PHOTOS --init OTHER/dit.pt", "dit.pt is no rae.pt"),
+    "a rae.pt for stage 2": ("train_dit.py DIT --data PHOTOS --rae OTHER --init OTHER/rae.pt", "rae.pt is no dit.pt"),
+    "a rae.pt to sample": ("sample.py --run OTHER/rae.pt", "rae.pt is no dit.pt"),
+    "a dit.pt to reconstruct": ("rae.py PHOTO --run OTHER/dit.pt", "dit.pt is no rae.pt"),
+    "a grid without extension": ("sample.py --run OTHER --out grid", "--out grid.*png"),
+    "a grid that is a folder": ("sample.py --run OTHER --out nothing", "--out nothing.*png"),
+    "a reconstruction without extension": ("rae.py PHOTO --run OTHER --out copy", "--out copy.*png"),
+    "a reconstruction that is a folder": ("rae.py PHOTO --run OTHER --out nothing", "--out nothing.*png"),
+    "an archive that is none": ("sample.py --run OTHER --npz grid.png", "--npz grid.png.*npz"),
+    "a grid and an archive": ("sample.py --run OTHER --out a.png --npz a.npz", "--out and --npz"),
+
+    # settings that contradict each other
+    "an interval without guidance": ("sample.py --run OTHER --interval 0.1 0.9", "--interval.*--scale"),
+    "an interval upside down": ("sample.py --run OTHER --scale 2 --interval 0.9 0.1", "--interval 0.9 0.1"),
+    "a GAN before its discriminator": ("train_decoder.py DECODER --data PHOTOS --gan-weight 1 --disc-start 2"
+                                       " --gan-start 1", "--gan-start 1.0 comes before --disc-start 2.0"),
+    "an end before its start": ("train_dit.py DIT --data PHOTOS --rae OTHER --decay-start 3 --decay-end 2",
+                                "--decay-end 2.0 comes before --decay-start 3.0"),
+}
+
+
+def bad(command, trained, tmp_path, photos):
+    """The words of a command, with places for its words in capitals."""
     other = tmp_path / "other"
-    shutil.copytree(trained / "out/tiny", other)
+    shutil.copytree(trained / "out/tiny", other, ignore=shutil.ignore_patterns(".lock"))
+    (tmp_path / "empty/class").mkdir(parents=True)
     (tmp_path / "nothing").mkdir()
-    dit, decoder = ("train_dit.py", "--run", other), ("train_decoder.py", "--encoder", "tiny")
-    return {
-        "an unknown encoder": (("train_decoder.py", "--encoder", "clip"), "unknown encoder 'clip'"),
-        "a missing folder": ((*decoder, "--data", "nowhere"), "nowhere"),
-        "an empty folder": ((*decoder, "--data", tmp_path / "empty"), "no image"),
-        "no classes": ((*decoder, "--data", tmp_path / "nothing"), "nothing"),
-        "no network": (("train_decoder.py", "--encoder", "mae_b", "--data", photos, "--lpips-weight", 0, "--gan-weight", 0),
-                       "model.safetensors of timm/vit_base_patch16_224.mae .*--encoder-weights"),
-        "no checkpoint": ((*dit, "--rae", tmp_path / "notes.pt"), "notes.pt is no checkpoint"),
-        "a run without one": (("train_dit.py", "--run", tmp_path / "nothing"), "nothing holds no rae.pt.*--rae"),
-        "sampling without one": (("sample.py", "--run", tmp_path / "nothing"), "dit.pt: no such file"),
-        "other settings": ((*dit, *DIT, "--data", photos, "--head", 0), "head was 96, is 0"),
-        "heads that do not divide": ((*dit, "--width", 100, "--depth", 1, "--heads", 3, "--data", photos), "100 .*3 heads"),
-        "a batch that does not": ((*dit, "--batch", 9, "--accum", 2, "--data", photos), "--batch 9"),
-        "no steps": (("sample.py", "--steps", 0), "--steps.*at least 1"),
-        "an unknown class": (("sample.py", "--run", other, "--classes", "dodo"), "unknown class dodo.*class0"),
-        "an unknown release": (("sample.py", "--run", "release:imagenet1024"), "unknown release:imagenet1024"),
-        "released files that are not there": (("sample.py", "--run", "release:imagenet256", "--weights", tmp_path),
-                                              "DiTDH-XL/stage2_model.pt"),
-        "no network for the release": (("sample.py", "--run", "release:imagenet256"),
-                                       "DiTDH-XL/stage2_model.pt of nyu-visionx/RAE-collections.*--weights"),
-    }
+    (tmp_path / "notes.pt").write_text("not a checkpoint")
+    sets = dict(DECODER=DECODER, DIT=DIT, PHOTOS=[photos], PHOTO=[photos / "class0/0.png"], OTHER=[other])
+    words = []
+    for word in command.split():
+        first, *rest = word.split("/")
+        words += [f"{other}/{rest[0]}"] if first == "OTHER" and rest else map(str, sets.get(word, [word]))
+    return words
 
 
-@pytest.mark.parametrize("name", NAMES)
+def said_by(script, flags, monkeypatch, capsys):
+    """The one sentence with which a script's main ends."""
+    monkeypatch.setattr("sys.argv", [script, *map(str, flags)])
+    with as_it_was(), pytest.raises(SystemExit) as stopped:
+        importlib.import_module(script.removesuffix(".py")).main()
+    text = str(stopped.value) if stopped.value.code != 2 else capsys.readouterr().err.splitlines()[-1]
+    assert "\n" not in text.strip(), text
+    return text
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_bad_input_gets_one_sentence_before_any_work(name, trained, tmp_path, photos, monkeypatch, capsys):
-    (script, *arguments), sentence = bad(trained, tmp_path, photos)[name]
+    command, sentence = CASES[name]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("sys.argv", [script, *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        importlib.import_module(script.removesuffix(".py")).main()
-    text = str(stopped.value) if stopped.value.code != 2 else capsys.readouterr().err.splitlines()[-1]
-    assert re.search(sentence, text) and "\n" not in text.strip(), text
+    script, *flags = bad(command, trained, tmp_path, photos)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*") if path.is_file()}
+    text = said_by(script, flags, monkeypatch, capsys)
+    assert re.search(sentence, text), text
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*") if path.name != ".lock" and path.is_file()}
+    assert after == before                                                    # nothing is left behind
+
+
+BOTH = """lr: nan inf -1 0; warmup: nan inf -1; ema: nan 2 -1; epochs: nan inf -1; batch: 0 1.5; accum: 0; steps: 0 -3;
+          save-every: 0; log-every: 0; seed: -1 1e3 100000000000000000000000; workers: -1"""
+NUMBERS = {
+    "train_decoder.py": BOTH + """; tau: nan inf -1; lpips-weight: nan -1; gan-weight: inf -1; disc-start: nan -1;
+          gan-start: nan -1; image-size: 0; upsample: 0""",
+    "train_dit.py": BOTH + """; width: 0 -96; depth: 0 -1; heads: 0; head: -1; head-depth: 0 -1; head-heads: 0;
+          base-head: -1; shift-base: 0 -5 nan inf; label-dropout: 2 -1 nan; clip: nan inf -1; decay-start: nan -1;
+          decay-end: nan -1; eval-every: -1""",
+    "sample.py": """scale: nan inf -1; interval: 0.9|0.1 nan|1 0|nan -0.1|1 0|2; steps: 0; num: 0; batch: 0; best-of: 0;
+          seed: -1 100000000000000000000000""",
+    "fid.py": "num: 0 -1; batch: 0",
+}
+OUT_OF_RANGE = [(script, entry.split(":")[0].strip(), number) for script, entries in NUMBERS.items()
+                for entry in entries.split(";") for number in entry.split(":")[1].split()]
+
+
+@pytest.mark.parametrize("script, flag, number", OUT_OF_RANGE)
+def test_a_number_out_of_range_gets_one_sentence_that_names_its_flag(script, flag, number, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    needed = {"fid.py": ["a.npz", "b.npz"]}.get(script, [])
+    text = said_by(script, [*needed, f"--{flag}", *number.split("|")], monkeypatch, capsys)
+    assert f"--{flag}" in text and ("range" in text or "invalid" in text or number.split("|")[0] in text)
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_input_ends_a_script_without_a_traceback(tmp_path):
@@ -123,10 +272,57 @@ def test_bad_input_ends_a_script_without_a_traceback(tmp_path):
     assert text.startswith("unknown encoder 'clip'") and "Traceback" not in text
 
 
-def test_a_truncated_file_is_skipped_named_and_counted(tmp_path, photos):
+def test_a_truncated_file_is_skipped_named_and_counted(tmp_path, photos, capfd):
     shutil.copytree(photos, tmp_path / "data")
     victim = tmp_path / "data/class1/1.png"
     victim.write_bytes(victim.read_bytes()[:200])
-    text = launch("train_decoder.py", *DECODER, "--data", "data", "--steps", 4, cwd=tmp_path)
+    text = inside("train_decoder.py", *DECODER, "--data", "data", "--steps", 4, cwd=tmp_path)
     assert text.count("class1/1.png") == 1 and "1 of 40 images cannot be decoded" in text
     assert len(losses(tmp_path / "out/tiny", 1)) == 4
+
+
+# Processes
+
+def test_ranks_that_find_different_checkpoints_say_so(trained, tmp_path, photos):
+    """As on two machines whose out/ is not shared: each rank has a working folder of its own."""
+    for rank in (0, 1):
+        (tmp_path / f"rank{rank}").mkdir()
+    shutil.copytree(trained / "out", tmp_path / "rank0/out")
+    apart = tmp_path / "apart.py"
+    apart.write_text(f"import os, sys\n"
+                     f"sys.path.insert(0, {str(ROOT)!r})\n"
+                     f"os.chdir('rank' + os.environ['RANK'])\n"
+                     f"import train_decoder\n"
+                     f"train_decoder.main()\n")
+    begun = time.time()
+    text = launch(apart, *DECODER, "--data", photos, "--steps", 6, cwd=tmp_path, ranks=2, expect=1, limit=100)
+    assert re.search("ranks find out/tiny/rae.pt at different steps, 0 to 4: .*share", text), text
+    assert "rae.py\", line" not in text and time.time() - begun < 90           # no traceback of ours
+
+
+def test_the_process_group_waits_for_long_saves_and_knows_its_device(monkeypatch):
+    asked = []
+    monkeypatch.setattr(rae.dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(rae.dist, "init_process_group", lambda *args, **options: asked.append((args, options)))
+    monkeypatch.setattr(rae.atexit, "register", lambda function: asked.append(function))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with as_it_was():
+        device, *_ = rae.start()
+    (backend,), options = asked[0]
+    assert backend == "cpu:gloo,cuda:nccl" and options["device_id"] == device == torch.device("cuda", 3)
+    assert options["timeout"].total_seconds() >= 3600
+    assert asked[1] is rae.leave                                              # whichever way the script ends
+
+
+def test_a_run_that_takes_too_long_shows_where_its_processes_are(tmp_path):
+    """Of the tests themselves: a hang must be seen, and where."""
+    (tmp_path / "stuck.py").write_text("import os, time\n"
+                                       "def waits_for_nothing():\n"
+                                       "    time.sleep(1000)\n"
+                                       "os.fork()\n"
+                                       "waits_for_nothing()\n")
+    with pytest.raises(Failed, match="longer than 3 s") as failed:
+        launch(tmp_path / "stuck.py", cwd=tmp_path, limit=3)
+    assert str(failed.value).count("in waits_for_nothing") == 2, failed.value

@@ -10,7 +10,7 @@ import torch
 
 import noise_shift
 import width_bound
-from train_dit import DiT
+from train_dit import DiT, flow_matching_loss
 from width_bound import MIXED, exact, gain, holds, measure, norm_floor, residual, run, spectrum, theorem
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,7 +45,7 @@ def test_the_direction_least_worth_keeping_has_variance_pi_squared_over_16():
 
 def test_closed_forms_agree_with_quadrature_and_with_a_search_that_does_not_know_them():
     rows = list(width_bound.closed_forms(seed=1))
-    assert len(rows) == 4
+    assert len(rows) == 5
     for what, value, low, high, control in rows:
         assert holds(value, low, high) != control, (what, value)
 
@@ -117,6 +117,77 @@ def test_overfit_runs_on_latents_and_reports_the_pooled_floor():
     r = overfit.run(dict(images=3, width=32, depth=1, seed=0, steps=2, lr=1e-3, batch=4, z=z))
     assert r["sample"].shape == z.shape and r["naive"] == 0 and r["floor"] == 0
     assert r["loss"] > 0.5 and not r["violated"]
+
+
+# x-prediction
+
+def test_the_weight_of_x_prediction_has_mean_39():
+    def weight(t):
+        return 1 / max(t, 0.05) ** 2
+    mean, _ = width_bound.quad(weight, 0, 1, points=[0.05])
+    assert mean == pytest.approx(39) and mean == pytest.approx(width_bound.WEIGHT)
+    assert theorem(np.array([3.0, 0.5, 1.0, 2.0]), 2, "x") == pytest.approx(39 * (0.5 + 1.0))
+    assert theorem(np.array([2.0, 0.0, 0.0]), 1, "x") == 0                     # the rank of x is enough
+
+
+def test_a_gaussian_x_is_predicted_best_by_pca_where_v_drops_the_middle():
+    s = np.array(MIXED)
+    a = 0.05                                                                  # beyond it sqrt(s) atan(t / ((1-t) sqrt(s)))
+    late = math.sqrt(0.6) * (math.pi / 2 - math.atan(a / (1 - a) / math.sqrt(0.6)))
+    early, _ = width_bound.quad(lambda t: 400 * 0.6 * t ** 2 / ((1 - t) ** 2 * 0.6 + t ** 2), 0, a)
+    assert float(width_bound.residual_x(0.6)) == pytest.approx(early + late, rel=1e-6)
+    for d in (4, 16, 24):
+        assert exact(s, d, predict="x") == pytest.approx(exact(s, d, pca=True, predict="x"))
+        assert exact(s, d, predict="x") > theorem(s, d, "x")                  # x_t does not tell all
+    assert exact(s, 16) < exact(s, 16, pca=True)
+
+    pca, middle = (run(dict(net=net, d=16, seed=0, steps=0, s=MIXED, predict="x")) for net in ("PCA", "best"))
+    assert abs(pca["loss"] - exact(s, 16, predict="x") / 32) < 4 * pca["se"]
+    assert middle["loss"] > 10 * pca["loss"]
+
+
+@pytest.mark.parametrize("d", [8, 28])
+def test_one_picture_per_label_attains_the_bound_of_x_prediction(d):
+    r = run(dict(net="attaining", d=d, seed=3, steps=0, predict="x", points=40))
+    assert r["low"] == pytest.approx(39 * (32 - d) / 64, abs=1e-3)          # S = I / 2
+    assert abs(r["loss"] - r["low"]) < 4 * r["se"] < 39 / 64                  # less than a channel
+    assert r["violated"] == 0 and r["in"] < 1e-3
+
+
+def test_the_weighted_loss_is_the_projects_own():
+    """`measure` draws t by the weight; training draws it uniformly and weighs."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 1, 32)
+    model = width_bound.ByHand(torch.eye(32)[:, :20], lambda x_t, t, y: 0.9 * x, "x")
+
+    def draw(B):
+        return x.expand(B, 1, 32), torch.zeros(B, dtype=torch.long)
+    own = flow_matching_loss(model, *draw(1 << 17), alpha=1.0, time="uniform").item()
+    assert measure(model, draw, 1 << 10, claim="x")["loss"] == pytest.approx(own, rel=0.03)
+
+
+def test_no_dit_that_predicts_x_is_below_its_own_bound_and_many_samples_are_below_the_other():
+    torch.manual_seed(0)
+    model = DiT(4, 32, 8, 1, 2, head=12, head_depth=1, head_heads=3, num_classes=1, predict="x")
+    for weight in model.requires_grad_(False).parameters():
+        weight.copy_(0.1 * torch.randn_like(weight))
+    points = torch.randn(500, 4, 32)
+
+    def draw(B):
+        return points[torch.randint(500, (B,))], torch.zeros(B, dtype=torch.long)
+    r = measure(model, draw, 1 << 12, claim="x")
+    assert r["violated"] == 0
+    assert r["loss"] > r["out"] > theorem(spectrum(points), 12, "x") / 32 - 4 * r["se"]
+    assert measure(model, draw, 1 << 12)["violated"] > 0.05
+
+
+def test_a_narrow_dit_learns_a_picture_if_it_predicts_x():
+    """Width 16 of 32, the same training: the check that v passes rejects x."""
+    v, x = (run(dict(net="DiT", d=16, seed=0, steps=400, predict=predict)) for predict in "vx")
+    assert holds(v["loss"], 0.5, 1.0, v["se"]) and v["violated"] == 0
+    as_v = x["as_v"]
+    assert not holds(as_v["loss"], 0.5, 1.0, as_v["se"]) and as_v["violated"] > 0.9
+    assert x["low"] < 1e-12 and holds(x["loss"], x["low"], 0.01 * 39, x["se"])   # 4 tokens: rank 3
 
 
 @pytest.mark.parametrize("script", ["width_bound.py", "overfit.py", "noise_shift.py"])

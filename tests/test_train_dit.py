@@ -4,8 +4,9 @@ import math
 import pytest
 import torch
 
-from rae import attention
-from train_dit import RECIPES, DiT, RMSNorm, flow_matching_loss, parse_args, rope_angles, rotate, shift_alpha, time_shift
+from rae import RAE, attention
+from train_dit import (RECIPES, DiT, RMSNorm, flow_matching_loss, learning_rate, parse_args, rope_angles, rotate,
+                       settings, shift_alpha, time_shift)
 
 SMALL = dict(tokens=9, token_dim=24, width=32, depth=2, heads=2, head=48, head_depth=2, head_heads=4, num_classes=5)
 
@@ -135,3 +136,35 @@ def test_compile_changes_nothing():
 def test_a_recipe_is_overridden_by_given_flags_only():
     assert RECIPES["tiny"].keys() == RECIPES["paper"].keys()
     assert not RECIPES["tiny"].keys() & vars(parse_args([])).keys() and parse_args(["--ema", "0.5"]).ema == 0.5
+
+
+@pytest.mark.parametrize("head", [0, 2048])
+def test_the_papers_settings_follow_from_the_head(head):
+    with torch.device("meta"):
+        rae = RAE("dinov2_b", "tiny")
+    args, config = settings(parse_args(["--head", str(head)]), rae)
+    assert (config["width"], config["depth"], config["heads"]) == (1152, 28, 16)              # XL
+    assert (config["tokens"], config["token_dim"], config["head"]) == (256, 768, head)
+    assert (args.batch, args.lr, args.epochs, args.warmup) == (1024, 2e-4, 80, 0)
+    assert (args.clip, args.ema) == ((1.0, 0.9995) if head else (0.0, 0.9999))
+    rates = [learning_rate(1250 * epoch, 1250, args) / 2e-4 for epoch in (0, 40, 420, 800, 900)]
+    assert rates == pytest.approx([1, 1, 0.55, 0.1, 0.1] if head else [1] * 5)
+
+
+def test_small_times_are_clamped_alike_in_x_predictions_and_their_target():
+    """A model that gives the clean latent itself has no loss; one that is off by 1 has that of 1 / max(t, .05)."""
+    torch.manual_seed(0)
+    z, times = torch.randn(4000, 1, 4), []
+
+    class Known(torch.nn.Module):
+        num_classes, predict, base_head, off = 5, "x", 0, 0.0
+
+        def forward(self, x_t, t, y):
+            times.append(t)
+            return DiT.velocity(self, z + self.off, x_t, t)
+    model, y, keys = Known(), torch.zeros(4000, dtype=torch.long), torch.arange(4000)
+    assert flow_matching_loss(model, z, y, 1.0, keys, time="uniform") < 1e-9
+    model.off = 1.0
+    found = flow_matching_loss(model, z, y, 1.0, keys, time="uniform")
+    assert (times[0] < 0.05).sum() > 100
+    torch.testing.assert_close(found, times[0].clamp(min=0.05).square().reciprocal().mean(), rtol=1e-4, atol=1e-4)

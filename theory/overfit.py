@@ -4,16 +4,18 @@
     python theory/overfit.py --rae release:dinov2_b --data photos --depth 12 --lr 2e-4     # wants a GPU
 
 Encodes pictures with the frozen encoder, gives each a label of its own (label given, the data is one point
-and the least loss 0), and trains DiTs without DDT head of widths around the token dimension n, and a narrow
-one of twice the depth. The floor is Theorem 1's for Cov(z) pooled over pictures and positions: (n - d) / n as
-long as pictures x tokens <= d, more beyond. The picture shows what samples of each model decode to. Losses
-are under t ~ U[0,1], per dimension; `in` and `out` split them by B's span. Source: arXiv 2510.11690, 4.1.
+and the least loss 0), and trains DiTs without DDT head of widths around the token dimension n, a narrow one
+of twice the depth, and the narrow ones with x-prediction. The floor is Theorem 1's for Cov(z) pooled over
+pictures and positions: (n - d) / n as long as pictures x tokens <= d, more beyond; with x-prediction E[w] =
+39 times the n - d smallest eigenvalues of Cov(z), so 0 as long. The picture shows what samples of each model
+decode to. Losses: t ~ U[0,1], per dimension, `in` and `out` of B's span. Source: arXiv 2510.11690, 4.1.
 """
 import argparse
 import json
 import os
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -27,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "theory")]
 from rae import load_rae, open_data, open_val  # noqa: E402
 from sample import euler, guided, sample_times  # noqa: E402
 from train_dit import DiT, shift_alpha  # noqa: E402
-from width_bound import START, VERDICTS, holds, measure, spectrum, theorem, train  # noqa: E402
+from width_bound import START, VERDICTS, WEIGHT, holds, measure, spectrum, theorem, train  # noqa: E402
 
 ALLOW = 0.1      # what may be left above the floor for one picture; memorising more of them takes longer
 
@@ -37,16 +39,18 @@ def run(job):
     z, began = job.pop("z"), time.process_time()
     torch.manual_seed(job["seed"])
     (K, N, n), width = z.shape, job["width"]
-    model = DiT(N, n, width, job["depth"], width // 32, head=0, num_classes=K).to(z.device)
+    predict = job.get("predict", "v")
+    model = DiT(N, n, width, job["depth"], width // 32, head=0, num_classes=K, predict=predict).to(z.device)
 
     def draw(B):
         y = torch.randint(K, (B,), device=z.device)
         return z[y], y
     train(model, draw, job["steps"], job["lr"], batch=32)
-    found = measure(model.eval().requires_grad_(False), draw, 1 << 12, parts=32)
+    found = measure(model.eval().requires_grad_(False), draw, 1 << 12, parts=32, claim=predict)
     y, noise = torch.arange(K, device=z.device), torch.randn(z.shape, device=z.device)
     sample = euler(guided(model, y), noise, sample_times(50, shift_alpha(N, n)))
-    return job | found | {"naive": max(n - width, 0) / n, "floor": theorem(spectrum(z.cpu()), width) / n,
+    return job | found | {"naive": max(n - width, 0) / n,
+                          "floor": theorem(spectrum(z.cpu()), width, predict) / n,
                           "error": (sample - z).square().mean().item(), "sample": sample,
                           "cpu_seconds": round(time.process_time() - began)}
 
@@ -69,23 +73,29 @@ def main(argv=None):
     rae = load_rae(args.rae, device)
     side, n = rae.image_size * rae.upsample, rae.token_dim
     data = open_val(None, args.data, side) or open_data(args.data, side)
-    images = torch.stack([data[i, 0][0] for i in range(max(args.images))]).to(device) / 255
+    found = (data[i, 0] for i in range(len(data)))                     # None: a file that is broken
+    pictures = islice((item[0] for item in found if item), max(args.images))
+    images = torch.stack(list(pictures)).to(device) / 255
     z = rae.encode(images)                                             # (K, N, n)
     widths = args.widths or [32 * round(n * share / 32) for share in (1 / 3, 2 / 3, 1, 4 / 3, 2)]
-    sizes = [(w, args.depth) for w in widths] + [(w, 2 * args.depth) for w in widths if w < n][-1:]
-    jobs = [dict(images=k, width=w, depth=depth, z=z[:k], seed=args.seed, steps=args.steps, lr=args.lr)
-            for k in args.images for w, depth in sorted(sizes, reverse=True)]
+    narrow = [w for w in widths if w < n]
+    sizes = [(w, args.depth, "v") for w in widths] + [(w, 2 * args.depth, "v") for w in narrow[-1:]]
+    sizes += [(w, args.depth, "x") for w in narrow]
+    jobs = [dict(images=k, width=w, depth=depth, predict=predict, z=z[:k], seed=args.seed, steps=args.steps,
+                 lr=args.lr) for k in args.images for w, depth, predict in sorted(sizes, reverse=True)]
     with mp.get_context(START).Pool(min(2, os.cpu_count()), torch.set_num_threads, (1,)) as pool:
         found = pool.imap_unordered(run, jobs) if device == "cpu" else map(run, jobs)
         runs = list(tqdm(found, "models", len(jobs), disable=None))
-    runs.sort(key=lambda r: (args.images.index(r["images"]), r["width"], r["depth"]))
+    runs.sort(key=lambda r: (args.images.index(r["images"]), r["predict"], r["width"], r["depth"]))
     print(f"{rae.name}: {z.shape[1]} tokens of n = {n} channels\n"
-          "pictures width depth  (n-d)/n   floor    loss      SE      in     out  sample's error")
+          "pictures width depth gives  (n-d)/n   floor    loss      SE      in     out  sample's error")
     for r in runs:
-        high = r["floor"] + (ALLOW if r["images"] == 1 else float("inf"))
+        allow = ALLOW * (1 if r["predict"] == "v" else WEIGHT)
+        high = r["floor"] + (allow if r["images"] == 1 else float("inf"))
         r["passed"] = holds(r["loss"], r["floor"], high, r["se"]) and not r["violated"]
         numbers = "".join(f"{r[key]:8.4f}" for key in ("naive", "floor", "loss", "se", "in", "out", "error"))
-        print("{images:8d} {width:5d} {depth:5d}".format(**r), numbers, VERDICTS[r["passed"], False])
+        which = "{images:8d} {width:5d} {depth:5d} {predict:>5s}".format(**r)
+        print(which, numbers, VERDICTS[r["passed"], False])
     args.out.mkdir(parents=True, exist_ok=True)
     shown = [x for k in args.images                                    # a row per series
              for x in [z[:1]] + [r.pop("sample")[:1] for r in runs if r["images"] == k]]

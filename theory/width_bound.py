@@ -6,9 +6,10 @@ A network that ends in g = c + B h, B (n, d), and learns v = W = eps - x has for
 ||g - W||^2 >= ||(I - P)(W - c)||^2, P the projector on col(B): its loss is at least the sum of the n - d
 smallest eigenvalues of Cov(W) = I + S, S = Cov(x); per dimension (n - d) / n for one data point. Tested are
 a plain function of the theorem's class G_d and the project's DiT. Each row says that a number lies in an
-interval; negative controls pass through the same function and must lie outside. Losses are raw, per
-dimension, under t ~ U[0,1]; `in` and `out` split them by P. Writes JSON and, with matplotlib, a figure;
-exit status 1 if a row is not as it must be. Source: arXiv 2510.11690, Theorem 1; refinements: README.md.
+interval; negative controls pass through the same function and must lie outside. A DiT that predicts x is
+one: its own bound has S in place of I + S (rows "x: ..."). Losses are raw, per dimension, under t ~ U[0,1];
+`in` and `out` split them by P. Writes JSON and, with matplotlib, a figure; exit status 1 if a row is not as
+it must be. Source: arXiv 2510.11690, Theorem 1; refinements: README.md.
 """
 import argparse
 import json
@@ -26,19 +27,22 @@ from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from train_dit import DiT, flow_matching_loss                         # noqa: E402
+from train_dit import LEAST_T, DiT, flow_matching_loss                # noqa: E402
 
 START = "fork" if sys.platform == "linux" else "spawn"                # of processes; fork saves their imports
 N = 32                                                                # n, the token dimension
 MIXED = [0.6] * 16 + [1e-4] * 16                                      # variances: PCA is wrong
-CONTROLS = "skip network d=16", "untrained DiT d=16", "Gaussian d=16, PCA by hand"      # runs that must fail
+WEIGHT = 2 / LEAST_T - 1                                              # E[w] = 39, w = 1 / max(t, .05)^2
+CONTROLS = ("skip network d=16", "untrained DiT d=16", "Gaussian d=16, PCA by hand",         # must fail
+            "x: Gaussian d=16, v's choice by hand", "x: Gaussian s=1, full rank by hand")
 
 
 # Closed forms; s (n,) are the eigenvalues of S, results are sums over the n directions
 
-def theorem(s, d):
-    """The bound: the n - d smallest lambda = 1 + s (Ky Fan)."""
-    return float(np.sort(1 + s)[:max(len(s) - d, 0)].sum())
+def theorem(s, d, predict="v"):
+    """The bound: the n - d smallest lambda = 1 + s (Ky Fan); if x is predicted, s times E[w]."""
+    size = 1 + s if predict == "v" else WEIGHT * s
+    return float(np.sort(size)[:max(len(s) - d, 0)].sum())
 
 
 def residual(s):
@@ -51,10 +55,20 @@ def gain(s):
     return 1 + s - residual(s)
 
 
-def exact(s, d, pca=False):
-    """The minimum for Gaussian x, bias allowed: the n - d smallest gains (pca: variances) are lost."""
-    kept_last = np.argsort(s if pca else gain(s))
-    return float(residual(s).sum() + gain(s)[kept_last][:max(len(s) - d, 0)].sum())
+@np.vectorize
+def residual_x(s):
+    """The same if x is predicted: int w Var(x | x_t) dt, Var = s t^2 / ((1-t)^2 s + t^2)."""
+    def at(t):
+        return s * (t / max(t, LEAST_T)) ** 2 / ((1 - t) ** 2 * s + t ** 2)
+    return quad(at, 0, 1, points=[LEAST_T])[0]
+
+
+def exact(s, d, pca=False, predict="v"):
+    """The minimum for Gaussian x, bias allowed: the n - d smallest gains (pca: variances) are lost. If x is
+    predicted, the gain E[w] s - residual_x(s) grows with s: PCA is right."""
+    left, saved = (residual(s), gain(s)) if predict == "v" else (residual_x(s), WEIGHT * s - residual_x(s))
+    kept_last = np.argsort(s if pca else saved)
+    return float(left.sum() + saved[kept_last][:max(len(s) - d, 0)].sum())
 
 
 def norm_floor(d, n=N):
@@ -68,15 +82,21 @@ def spectrum(z):
     return torch.linalg.eigvalsh(centred.T @ centred / len(centred)).clamp(min=0).numpy()
 
 
-def searched(s, d):
+def searched(s, d, predict="v"):
     """The least loss that L-BFGS finds over A (d, n) for Gaussian x; it knows no closed form.
 
     The best f is E[W | A x_t], linear: L = tr(I + S) - tr(P M), M = int C A' (A K A')^-1 A C dt with
-    C = Cov(W, x_t), K = Cov(x_t); the best P holds the top d eigenvectors of M.
+    C = Cov(W, x_t), K = Cov(x_t); the best P holds the top d eigenvectors of M. predict "x": x in place of W,
+    and the weight w in the integrals.
     """
     t, w = (torch.from_numpy(a) for a in np.polynomial.legendre.leggauss(100))
     s, t, w = torch.from_numpy(s), (t[:, None] + 1) / 2, w[:, None, None] / 2
-    C, K = t - (1 - t) * s, (1 - t) ** 2 * s + t ** 2                 # (T, n) diagonals
+    C, all_of_it = t - (1 - t) * s, (1 + s).sum()                     # (T, n) diagonals; a number
+    if predict == "x":                                                # on each side of the kink of w
+        t = torch.cat([t * LEAST_T, LEAST_T + t * (1 - LEAST_T)])
+        w = torch.cat([w * LEAST_T, w * (1 - LEAST_T)]) / t[..., None].clamp(min=LEAST_T) ** 2
+        C, all_of_it = (1 - t) * s, WEIGHT * s.sum()
+    K = (1 - t) ** 2 * s + t ** 2
     A = torch.randn(d, len(s), dtype=torch.float64, requires_grad=True)
     search = torch.optim.LBFGS([A], max_iter=40, line_search_fn="strong_wolfe")
 
@@ -84,7 +104,7 @@ def searched(s, d):
         search.zero_grad()
         AC = A * C[:, None]                                           # (T, d, n)
         M = (w * AC.mT @ torch.linalg.solve(A * K[:, None] @ A.T, AC)).sum(0)   # (n, n)
-        L = (1 + s).sum() - torch.linalg.eigvalsh(M)[-d:].sum()
+        L = all_of_it - torch.linalg.eigvalsh(M)[-d:].sum()
         L.backward()
         return L
     search.step(loss)
@@ -95,30 +115,38 @@ def searched(s, d):
 
 class MLP(nn.Module):
     """g = B f(A x_t, t) in G_d; A = B', since an untied pair can stick where one direction is missing.
-    skip=True adds s(t) x_t, a full-rank path outside the theorem: a negative control."""
-    def __init__(self, d, skip=False, hidden=128):
+    skip=True adds s(t) x_t, a full-rank path outside the theorem: a negative control. predict "x": g is x."""
+    velocity = DiT.velocity
+    c = 0.0
+
+    def __init__(self, d, skip=False, hidden=128, predict="v"):
         super().__init__()
+        self.predict = predict
         self.d, self.skip, self.B = d, skip, nn.Parameter(nn.init.orthogonal_(torch.empty(N, d)))
         self.f = nn.Sequential(nn.Linear(d + 2, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
                                nn.Linear(hidden, 2 * d + 2))
         nn.init.zeros_(self.f[-1].weight), nn.init.zeros_(self.f[-1].bias)
 
-    def forward(self, x_t, t, y):                                     # x_t (B, 1, n)
-        t, z = t.view(-1, 1, 1), x_t @ self.B                         # z (B, 1, d)
+    def forward(self, x_t, time, y):                                  # x_t (B, 1, n)
+        t, z = time.view(-1, 1, 1), x_t @ self.B                      # z (B, 1, d)
         h = self.f(torch.cat([z / (t + 0.3), t, (t + 0.01).log()], 2))
         shift, scale, skip = h.split([self.d, self.d, 2], 2)
-        v = (shift + scale * z / (t + 0.02)) @ self.B.T               # W = (x_t - x) / t: help f with 1/t
+        help_f = 1 / (t + 0.02) if self.predict == "v" else 1.0       # with W = (x_t - x) / t
+        v = self.velocity((shift + scale * z * help_f) @ self.B.T, x_t, time)
         return v + (skip[..., :1] + skip[..., 1:] / (t + 0.02)) * x_t if self.skip else v
 
 
 class ByHand(nn.Module):
-    """g = B B' best(x_t, t), B (n, d) orthonormal: a network whose loss is known."""
-    def __init__(self, B, best):
+    """g = c + B B' (best(x_t, t, y) - c), B (n, d) orthonormal: a network whose loss is known."""
+    velocity = DiT.velocity
+
+    def __init__(self, B, best, predict="v", c=0.0):
         super().__init__()
-        self.B, self.best = B, best
+        self.B, self.best, self.predict, self.c = B, best, predict, c
 
     def forward(self, x_t, t, y):
-        return self.best(x_t, t.view(-1, 1, 1)) @ self.B @ self.B.T
+        best = self.best(x_t, t.view(-1, 1, 1), y) - self.c
+        return self.velocity(self.c + best @ self.B @ self.B.T, x_t, t)
 
 
 # Training and measuring
@@ -140,19 +168,30 @@ def train(model, draw, steps, lr, batch):
 
 
 @torch.no_grad()
-def measure(model, draw, samples, bins=20, parts=8):
+def measure(model, draw, samples, bins=20, parts=8, claim="v"):
     """draw(B) -> x (B,N,n), y (B,). Returns the raw loss under uniform t, its standard error, its parts in
-    and out of the span of B, and the share of samples that violate ||g - W||^2 >= ||(I - P)(W - c)||^2."""
-    B, c = model.final_layer.linear.parameters() if isinstance(model, DiT) else (model.B, 0.0)
+    and out of the span of B, and the share of samples that violate ||g - W||^2 >= ||(I - P)(W - c)||^2.
+
+    claim "x": g and W are the model's x_hat and x. For the weight w the density of t is w / E[w] and all is
+    multiplied by E[w], which has a far smaller standard error."""
+    B, c = model.final_layer.linear.parameters() if isinstance(model, DiT) else (model.B, model.c)
     U, size, _ = torch.linalg.svd(B.double(), full_matrices=False)
     U, found = U[:, size > 1e-6 * max(size[0].item(), 1e-6)].float(), []        # columns span col(B)
+    weight = WEIGHT if claim == "x" else 1
     for _ in range(parts):
         x, y = draw(samples // parts)
         t, eps = torch.rand(len(x), device=x.device), torch.randn_like(x)
+        if claim == "x":                                              # the inverse of int_0^t w / E[w]
+            early = t * WEIGHT * LEAST_T ** 2
+            t = torch.where(early < LEAST_T, early, 1 / (WEIGHT + 1 - WEIGHT * t))
         W = eps - x                                                   # (B, N, n)
-        error, rest = model(torch.lerp(x, eps, t.view(-1, 1, 1)), t, y) - W, W - c
+        x_t = torch.lerp(x, eps, t.view(-1, 1, 1))
+        g = model(x_t, t, y)
+        if claim == "x":
+            W, g = x, x_t - t.clamp(min=LEAST_T).view(-1, 1, 1) * g
+        error, rest = g - W, W - c
         pieces = error, error @ U @ U.T, rest - rest @ U @ U.T        # g - W, P(g - W), (I - P)(W - c)
-        found.append(torch.stack([t, *(e.square().flatten(1).mean(1) for e in pieces)]))
+        found.append(torch.stack([t, *(weight * e.square().flatten(1).mean(1) for e in pieces)]))
     t, loss, inside, outside = torch.cat(found, 1).double()
     mean = {"loss": loss, "in": inside, "out": outside, "violated": (loss < outside * 0.999 - 1e-5).double()}
     return {key: value.mean().item() for key, value in mean.items()} | {
@@ -160,29 +199,47 @@ def measure(model, draw, samples, bins=20, parts=8):
         "by_t": [loss[(t * bins).long() == i].mean().item() for i in range(bins)]}
 
 
+def build(job, x, S):
+    """The network of a job, for the points x (K, tokens, n) or Gaussian variances S (n,)."""
+    net, d, head = job["net"], job["d"], job.get("head", 0)
+    predict = job.get("predict", "v")
+    if net == "DiT":                                                  # head dim 4, RoPE's least
+        return DiT(4, N, d, job.get("depth", 2), d // 4, head, 1, max(head // 4, 1), num_classes=len(x),
+                   predict=predict)
+    if net in ("MLP", "skip"):
+        return MLP(d, skip=net == "skip", predict=predict)
+    if net == "attaining" and predict == "x":                         # PCA of the pooled tokens
+        c = x.mean((0, 1))                                            # (n,)
+        B = torch.linalg.eigh(torch.cov(x.flatten(0, 1).T))[1][:, -d:]
+        return ByHand(B, lambda x_t, t, y: x[y], "x", c)
+    if net == "attaining":                                            # x in col(B), f = (A x_t - A x) / t
+        B = torch.linalg.qr(torch.randn(N, d))[0]
+        x = x.copy_(x @ B @ B.T)
+        return ByHand(B, lambda x_t, t, y: (x_t - x) / t)
+
+    # Gaussian: E[W | x_t] or E[x | x_t] in the directions kept
+    variances = S.double().numpy()
+    kept = np.argsort(-(variances if net == "PCA" else gain(variances)), kind="stable")
+    kept = kept[:N if net == "full rank" else d].tolist()
+
+    def best(x_t, t, y):
+        covariance = (1 - t) * S if predict == "x" else t - (1 - t) * S
+        return covariance / ((1 - t) ** 2 * S + t ** 2) * x_t
+    return ByHand(torch.eye(N)[:, kept], best, predict)
+
+
 def run(job):
     """One network: built, trained, measured. A function of `job`, which holds the seed, and nothing else."""
     began = time.process_time()
     torch.set_num_threads(1), torch.manual_seed(job["seed"])
-    net, d, head, K = job["net"], job["d"], job.get("head", 0), job.get("points", 1)
+    net, width, K = job["net"], job.get("head") or job["d"], job.get("points", 1)
     s = np.array(job.get("s", []))                                    # variances if x is Gaussian, else
     x = torch.randn(1, 4 if net == "DiT" else 1, N)                   # one data point (1, tokens, n)
     if K > 1:                                                         # or one per label, then S = I / 2
         k, j = torch.arange(K)[:, None] + 0.5, torch.arange(N) + 1
         x = 0.3 * x + torch.cos(math.pi / K * k * j)[:, None]
     S = torch.tensor(s).float()
-    if net == "DiT":                                                  # head dim 4, RoPE's least
-        model = DiT(4, N, d, job.get("depth", 2), d // 4, head, 1, max(head // 4, 1), num_classes=K)
-    elif net in ("PCA", "best"):                                      # E[W | x_t] in the directions kept
-        kept = np.argsort(-(s if net == "PCA" else gain(s)), kind="stable")[:d].tolist()
-        model = ByHand(torch.eye(N)[:, kept],
-                       lambda x_t, t: (t - (1 - t) * S) / ((1 - t) ** 2 * S + t ** 2) * x_t)
-    elif net == "attaining":                                          # x in col(B), f = (A x_t - A x) / t
-        B = torch.linalg.qr(torch.randn(N, d))[0]
-        x = x @ B @ B.T
-        model = ByHand(B, lambda x_t, t: (x_t - x) / t)
-    else:
-        model = MLP(d, skip=net == "skip")
+    model = build(job, x, S)
 
     def draw(B):
         y = torch.randint(K, (B,))
@@ -190,14 +247,19 @@ def run(job):
     if job["steps"]:
         train(model, draw, job["steps"], job.get("lr", 1e-2 if net == "DiT" else 5e-3),
               128 if net == "DiT" else 256)
-    low = (exact(s, d) if len(s) else theorem(spectrum(x), head or d)) / N
-    found = measure(model.eval(), draw, 1 << 14 if net == "DiT" else 1 << 16)
+    predict, samples = job.get("predict", "v"), 1 << 14 if net == "DiT" else 1 << 16
+    low = (exact(s, width, predict=predict) if len(s) else theorem(spectrum(x), width, predict)) / N
+    found = measure(model.eval(), draw, samples, claim=predict)
+    if predict == "x":                                                # the theorem does not bound this
+        found["as_v"] = measure(model, draw, samples)
     return job | found | {"low": low, "cpu_seconds": round(time.process_time() - began, 1)}
 
 
 def plan(seed, fast):
     """The runs by name; `allow` is how far above its least possible loss a run may end."""
     norm = {d: norm_floor(d) / N for d in range(1, 64)}
+    near = 0.01 * WEIGHT                                              # for losses with the weight w
+    x, x40, xs = {"predict": "x"}, {"predict": "x", "points": 40}, {"predict": "x", "s": MIXED}
     table = [  # name, network, d, allow, steps, more; --fast: from "DiT d=16" on
         *((f"DiT d={d}", "DiT", d, norm[d] + (0.035 if d <= 28 else 0.08 if d < 36 else 0.01), 1500, {})
           for d in (40, 36, 32, 28, 24)),
@@ -206,17 +268,23 @@ def plan(seed, fast):
         ("DiT d=16 + head 40",         "DiT",  16, 0.015,            1500, {"head": 40}),
         ("DiT d=40 + head 16",         "DiT",  40, 0.015,            1500, {"head": 16}),
         ("DiT d=16, 40 points",        "DiT",  16, norm[16] + 0.08,  1500, {"points": 40}),
+        *((f"x: DiT d={d}, 40 points", "DiT",  d, near,              1500, x40) for d in (24, 16, 8)),
         *((f"MLP d={d}", "MLP", d, 0.012, 1200, {}) for d in (4, 8, 24, 28, 40)),
         *((f"Gaussian d={d}", "MLP", d, 0.02, 1000, {"s": MIXED}) for d in (8, 16, 24)),
         ("Gaussian s=1, d=32",         "MLP",  32, 0.02,             1000, {"s": [1.0] * N}),
+        ("x: Gaussian d=16",           "MLP",  16, 0.1,              1000, xs),
         ("DiT d=16",                   "DiT",  16, norm[16] + 0.035, 1500, {}),
-        ("MLP d=16",                   "MLP",  16, 0.012,            1200, {}),
-        ("MLP d=32",                   "MLP",  32, 0.012,            1200, {}),
+        ("x: DiT d=16",                "DiT",  16, near,             400,  x),
+        *((f"MLP d={d}", "MLP", d, 0.012, 1200, {}) for d in (16, 32)),
         ("skip network d=16",          "skip", 16, 0.012,            1200, {}),
         ("untrained DiT d=16",         "DiT",  16, norm[16] + 0.035, 0,    {}),
         ("Gaussian d=16, best by hand", "best", 16, 0.005,           0,    {"s": MIXED}),
         ("Gaussian d=16, PCA by hand", "PCA",  16, 0.02,             0,    {"s": MIXED}),
+        ("x: Gaussian d=16, PCA by hand", "PCA", 16, 0.05,           0,    xs),
+        ("x: Gaussian s=1, full rank by hand", "full rank", 16, 0.5, 0,    x | {"s": [1.0] * N}),
+        ("x: Gaussian d=16, v's choice by hand", "best", 16, 0.05,   0,    xs),
         *((f"attaining g, d={d}", "attaining", d, 0.0, 0, {}) for d in (8, 16, 28)),
+        *((f"x: attaining g, d={d}", "attaining", d, 0.0, 0, x40) for d in (8, 16, 28)),
     ]
     names = [row[0] for row in table]
     return {name: dict(name=name, net=net, d=d, allow=allow, steps=steps, seed=seed, **more)
@@ -245,6 +313,8 @@ def closed_forms(seed):
     for pca in (False, True):
         over = min(loss - exact(s, d, pca) for loss, s, d in best)
         yield f"best A found minus {('the exact', 'the PCA')[pca]} minimum, least", over, -1e-6, 1e-3, pca
+    over = min(searched(s, d, "x") - exact(s, d, predict="x") for _, s, d in best)
+    yield "x: best A found minus the exact minimum", over, -1e-6, 1e-3, False
     x = torch.randn(1 << 16, N)
     flat = math.sqrt(2 / math.pi) * (1 - x[:, 1:].square().sum(1) / (100 * N)).sqrt()
     error = (x[:, 0].abs() - flat).square().mean().item()
@@ -263,6 +333,7 @@ def checks(runs, seed):
     worst = max(r["violated"] for name, r in runs.items() if name not in CONTROLS)
     yield "share of samples below their own bound", worst, 0, 0, False, {}
     yield "  skip network", runs["skip network d=16"]["violated"], 0, 0, True, {}
+    yield from checks_x(runs)
     narrow = sorted((r["d"], r["loss"]) for name, r in runs.items() if name.startswith("MLP") and r["d"] < N)
     for d, loss in narrow:
         for change in (1, -1):
@@ -281,6 +352,22 @@ def checks(runs, seed):
         yield f"{name}, by d", runs[name]["loss"], low, low + 0.015, True, runs[name]
     for name, low in (("DiT d=16, 40 points", 0.5), ("Gaussian s=1, d=32", 0.0)):
         yield f"{name}, by (n - d) / n", runs[name]["loss"], low, low + runs[name]["allow"], True, runs[name]
+
+
+def checks_x(runs):
+    """Rows of the networks that predict x: what Theorem 1 says of v must fail, and so must other bounds."""
+    honest = runs["DiT d=16"]
+    low, as_v = honest["low"], runs["x: DiT d=16"]["as_v"]
+    yield "x: DiT d=16, as if it gave v", as_v["loss"], low, low + honest["allow"], True, as_v
+    yield "  share of its samples below v's bound", as_v["violated"], 0, 0, True, {}
+    for name, r in runs.items():
+        if r.get("points") == 40 and r.get("predict") == "x":         # S = I / 2: a channel more or less
+            within = 3 * r["se"] if "attaining" in name else r["allow"]
+            for change in (1, -1):
+                low = r["low"] + change * WEIGHT * 0.5 / N
+                yield f"{name}, were d {r['d'] - change}", r["loss"], low - within, low + within, True, r
+            low = r["low"] + theorem(np.zeros(N), r["d"]) * WEIGHT / N
+            yield f"{name}, with I + S for S", r["loss"], low, low + within, True, r
 
 
 def pyplot():
@@ -304,15 +391,16 @@ def figure(runs, path):
         a.plot([r["d"] for r in sweep], [r["loss"] for r in sweep], mark, ms=5, label=net)
         for r in (r for r in sweep if r["d"] in (16, 32)):
             b.plot((np.arange(20) + 0.5) / 20, r["by_t"], ".-", lw=1, label=r["name"])
-    for name in sorted({"DiT d=16 + head 40", "DiT d=40 + head 16", "skip network d=16"} & runs.keys()):
-        a.plot(runs[name].get("head", 16), runs[name]["loss"], "x", label=name)
+    others = {"DiT d=16 + head 40", "DiT d=40 + head 16", "skip network d=16", "x: DiT d=16"}
+    for name, r in ((name, runs[name]) for name in sorted(others & runs.keys())):
+        a.plot(r.get("head", 16), r.get("as_v", r)["loss"], "x", label=name)
     names, inside, outside = zip(*((str(r["d"]), r["in"], r["out"]) for r in sweep))
     c.bar(names, outside, color="0.75", label="out of the span of B")
     c.bar(names, inside, bottom=outside, color="C1", label="in it")
     for label, style, form in (("theorem", "k-", theorem), ("exact minimum", "C0-", exact),
                                ("PCA", "r--", lambda s, d: exact(s, d, pca=True))):
         e.plot([form(np.array(MIXED), d) / N for d in range(N + 1)], style, lw=1, label=label)
-    trained = [r for r in runs.values() if r["net"] == "MLP" and r.get("s") == MIXED]
+    trained = [r for name, r in runs.items() if name in [f"Gaussian d={d}" for d in (8, 16, 24)]]
     e.plot([r["d"] for r in trained], [r["loss"] for r in trained], "o", label="trained")
     b.set_ylim(0, 0.7)
     for axis, title, x in ((a, "one data point, n = 32", "width d, or the head's"), (b, "at each t", "t"),
