@@ -340,8 +340,8 @@ def map_images(path):
         if dtype.hasobject:
             raise ValueError("it holds Python objects")  # of which a file has addresses
         header = member.tell()
-        while member.read(2 ** 24):
-            pass  # at the end the checksum is compared
+        while dist.get_rank() == 0 and member.read(2 ** 24):
+            pass  # to its end, where the checksum is compared, by one rank for all
     lengths = np.fromfile(path, "<u2", 2, offset=info.header_offset + 26)  # of the member's name and extras
     start = info.header_offset + 30 + int(lengths.sum()) + header
     return np.memmap(path, dtype, "r", start, shape, "F" if fortran else "C")
@@ -403,9 +403,8 @@ def check(source, args):
     if "mu" in arrays:
         mu, sigma, _ = statistics(source)
         of = str(arrays.get("features", args.features))
-        sound = np.isfinite(mu).all() and np.isfinite(sigma).all()
-        shapes = (args.dim,), (args.dim, args.dim)
-        if of != args.features or (mu.shape, sigma.shape) != shapes or not sound:
+        fits = of == args.features and mu.shape == (args.dim,) and sigma.shape == (args.dim, args.dim)
+        if not fits or not np.isfinite(mu).all() or not np.isfinite(sigma).all():
             raise UserError(f"{name} holds statistics {mu.shape}, {sigma.shape} of {of}, --features"
                             f" {args.features} has {args.dim}, all finite: make both sides with the same")
         root(sigma, name)  # refuses negative variances
@@ -450,7 +449,7 @@ def bare_encoder(args, device):
     return rae.eval().requires_grad_(False).to(device)
 
 
-def comparer(args, device):
+def feature_function(args, device):
     """What compares images: a function uint8 (b,3,H,W) -> (b,D), Inception's logits behind them."""
     if args.features == "inception":
         network = Inception(args.inception_weights).to(device)
@@ -469,10 +468,10 @@ def judge_samples(args, device):
     for source in (generated, reference):
         check(source, args)
 
-    # Features of both sides; statistics need none, and a reference that has both lends its images to recall.
+    # Features of both sides. Statistics need none; images beside a reference's serve precision and recall.
     measure = fake = real = None
     if generated.images is not None or reference.images is not None and "mu" not in reference.arrays:
-        measure = comparer(args, device)
+        measure = feature_function(args, device)
     if generated.images is not None:
         rows, _ = per_image(generated.images, measure, args.batch, device, args.num)
         fake, logits = rows.tensor_split([args.dim], 1)
@@ -517,7 +516,7 @@ def judge_reconstructions(args, device):
     reference = open_source(args.generated, [side, side]) if args.generated else originals
     for source in (originals, reference):
         check(source, args)
-    measure = comparer(args, device)
+    measure = feature_function(args, device)
     said = []
     try:
         perceptual = load_lpips(device, args.lpips_vgg)
@@ -567,8 +566,8 @@ def report(args, figures, n, judged, reference, saved, said):
         said.append(f"n = {least} is not above the {args.dim} dimensions: a covariance lacks rank")
     if n not in (None, 50_000):
         said.append("published figures have n = 50,000, and figures of another n do not compare")
-    if args.num and judged.images is not None and args.num > n:
-        said.append(f"--num {args.num} is more than the {n} images that there are")
+    if judged.images is not None and (args.num or 0) > len(judged.images):
+        said.append(f"--num {args.num} is more than the {len(judged.images)} images that there are")
     if judged.size and size != judged.size:
         said.append(f"the reference's images are {size} pixels and these {judged.size}")
     if getattr(reference.images, "small", False):
@@ -623,8 +622,10 @@ def parse_args():
     args = parser.parse_args()
 
     # What goes together, and what must not be written over
-    if bool(args.rae or args.probe) != bool(args.data) or not (args.data or args.generated):
-        parser.error("give GENERATED [REFERENCE], or --data with --rae or --probe")
+    fits = bool(args.rae or args.probe) == bool(args.data) and (args.data or args.generated)
+    ignored = args.data and args.reference or args.probe and (args.generated or args.save_stats)
+    if not fits or ignored:
+        parser.error("give GENERATED [REFERENCE], or [GENERATED] --rae and --data, or --probe and --data")
     if args.probe and not args.rae and args.features == "inception":
         parser.error(f"--probe needs an encoder: --rae RUN, or --features with one of {', '.join(ENCODERS)}")
     if args.save_stats:

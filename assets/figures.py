@@ -6,6 +6,7 @@
     python assets/figures.py stage2        # width, head, shift: trains 9 DiTs; then tau, after stage1
     python assets/figures.py latents       # RAE, VAE and pixels: one DiT^DH on each, by steps
     python assets/figures.py guidance      # the bundled demo under guidance, and best of N
+    python assets/figures.py beyond        # x-prediction and base heads: trains 10 DiTs
 
 An ablation's rows are one command with one flag changed; its runs stay under out/ablations, so that a second
 start goes on. Pictures go to assets/ (curves need matplotlib).
@@ -50,6 +51,18 @@ STAGE2 = {  # name: flags; 3 epochs each
     "recipe, no shift (alpha 1)": "--no-shift",
     "recipe, the paper's base (alpha 0.61)": "--shift-base 4096",
     "recipe, t uniform before the shift": "--time uniform",
+}
+BEYOND = {  # name: flags; the quickstart's 1,954 steps each, v-prediction and no base head unless it is said
+    "64 x 4, no head": "--width 64 --depth 4 --heads 4 --head 0",
+    "64 x 4, no head, x": "--width 64 --depth 4 --heads 4 --head 0 --predict x",
+    "96 x 4, no head": "--width 96 --depth 4 --heads 6 --head 0",
+    "96 x 4, no head, x": "--width 96 --depth 4 --heads 6 --head 0 --predict x",
+    "recipe": "",
+    "recipe, x": "--predict x",
+    "recipe, base head 1": "--base-head 1",
+    "recipe, base head 2": "--base-head 2",
+    "recipe, base head 3": "--base-head 3",
+    "recipe, x, base head 2": "--predict x --base-head 2",
 }
 
 
@@ -146,7 +159,7 @@ class Score:
         # What each model evaluates is counted where it happens
         seen = {"model": 0, "weak": 0}
         for name, module in (("model", model), ("weak", options.get("weak"))):
-            if module:
+            if isinstance(module, torch.nn.Module):  # not "self", which is the same pass
                 def count(_, inputs, name=name):
                     seen[name] += len(inputs[0])
                 module._forward_pre_hooks.clear()
@@ -348,9 +361,62 @@ def latents(num=1000, seeds=3):
     save_image(torch.cat(rows), ROOT / "assets/latents_samples.png", nrow=20)
 
 
+# Beyond the paper: x-prediction, and a model that guides itself
+
+def ways_of(model, weak):
+    """(guidance, scale, options): all that a model of BEYOND is sampled with."""
+    yield "none", 1, {}
+    if model.base_head:
+        for scale in (1.25, 1.5, 1.78, 2.2, 3):
+            yield "itself", scale, dict(weak="self")
+    if model.base_head == 2:
+        for interval in ((0.3, 1), (0.1, 0.8)):  # of 25 steps none is at t < 0.1
+            yield f"itself in {list(interval)}", 1.78, dict(weak="self", interval=interval)
+        for scale in (1.5, 2.2):
+            yield "AutoGuidance", scale, dict(weak=weak)
+        yield "classifier-free in [0.1, 0.8]", 1.5, dict(interval=(0.1, 0.8))
+
+
+def beyond(num=1000):
+    """x-prediction, and guidance by a base head; against the other guidances, on the same models."""
+    plt = curves()
+    base = "train_dit.py --rae assets/demo/rae.pt"
+    runs = {name: run(f"beyond: {name}", *base.split(), *flags.split()) for name, flags in BEYOND.items()}
+    weak = load_dit(ROOT / "assets/demo/weak.pt")
+    score = Score(num)
+    print(f"| model | guidance | scale | {Score.columns}\n|---|---|---|---|---|---|---|---|")
+    found = {}  # (model, guidance): [(scale, FD)]
+    for name, folder in runs.items():
+        model = load_dit(folder)
+        for way, scale, options in ways_of(model, weak):
+            fd, row, _ = score(model, scale=scale, **options)
+            found.setdefault((name, way), []).append((scale, fd))
+            print(f"| {name} | {way} | {scale} | {row}", flush=True)
+    beyond_curves(plt, found, num)
+
+
+def beyond_curves(plt, found, num):
+    """FD against scale: a colour for each model, a line for its base head, dashes for AutoGuidance."""
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    guided = [name for name, way in found if way == "itself"]
+    for number, name in enumerate(guided):
+        colour = f"C{number}"
+        start_at = found[name, "none"]
+        axes.plot(*zip(*start_at, *found[name, "itself"]), "o-", color=colour, label=f"{name}: itself")
+        if (name, "AutoGuidance") in found:
+            points = start_at + found[name, "AutoGuidance"]
+            axes.plot(*zip(*points), "s--", color=colour, lw=1, ms=4, label=f"{name}: AutoGuidance")
+    for name in ("recipe", "recipe, x"):
+        axes.axhline(found[name, "none"][0][1], color="0.6", lw=1, ls=":" if name == "recipe" else "-.",
+                     label=f"{name}, no base head, unguided")
+    axes.set(xlabel="guidance scale", ylabel="FD, mean tokens of tiny", title=f"n = {num}, 25 steps")
+    axes.legend(fontsize=7)
+    figure.savefig(ROOT / "assets/beyond.png", dpi=110)
+
+
 def main():
     known = dict(quickstart=quickstart, cifar10=cifar10, stage1=stage1, stage2=stage2, guidance=guidance,
-                 latents=latents)
+                 latents=latents, beyond=beyond)
     if len(sys.argv) != 2 or sys.argv[1] not in known:
         sys.exit(__doc__)
     start()

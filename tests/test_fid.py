@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from PIL import Image
+from torch import nn
 from torchvision.models import Inception3
 
 import fid
@@ -323,6 +324,10 @@ def no_work(monkeypatch):
     monkeypatch.setattr(fid, "per_image", lambda *args: pytest.fail("the work began"))
 
 
+def said(result):
+    return " ".join(result["warnings"])
+
+
 def figures(result):
     return [result[key] for key in ("fd", "precision", "recall")]
 
@@ -389,24 +394,31 @@ def test_the_judges_figures_of_samples_are_those_of_direct_calls(judge, tmp_path
 
 
 def test_the_judge_takes_features_and_logits_of_inception(judge, tmp_path):
-    np.savez(tmp_path / "fake.npz", arr_0=pictures(6))
-    np.savez(tmp_path / "real.npz", arr_0=pictures(5, seed=1))
-    result = judge("fake.npz", "real.npz", "--inception-weights", "random")
-    torch.manual_seed(0)
-    network = fid.Inception("random")
-    uint8 = [torch.from_numpy(images).permute(0, 3, 1, 2) for images in (pictures(6), pictures(5, seed=1))]
-    (fake, logits), (real, _) = (network(images) for images in uint8)
-    assert result["inception_score"] == pytest.approx(fid.inception_score(logits), rel=1e-4)
+    state = random_weights(Inception3(num_classes=1008, aux_logits=False, init_weights=False))
+    state["fc.weight"] *= 50                                                  # sure of their classes
+    torch.save(state, tmp_path / "weights.pth")
+    sides = pictures(12), pictures(5, seed=1)
+    np.savez(tmp_path / "fake.npz", arr_0=sides[0])
+    np.savez(tmp_path / "real.npz", arr_0=sides[1])
+    result = judge("fake.npz", "real.npz", "--inception-weights", "weights.pth")
+    network = fid.Inception(state)
+    (fake, logits), (real, _) = (network(torch.from_numpy(x).permute(0, 3, 1, 2)) for x in sides)
     expected = fid.frechet_distance(*fid.moments(fake), *fid.moments(real))
-    assert result["fid"] == pytest.approx(expected, rel=1e-3)
-    assert "fd" not in result and "2048 dimensions" in " ".join(result["warnings"])
+    assert expected > 1 and result["fid"] == pytest.approx(expected, rel=1e-3)
+    expected = fid.inception_score(logits)
+    assert expected > 1.01 and result["inception_score"] == pytest.approx(expected, rel=1e-3)
+    assert "fd" not in result and "2048 dimensions" in said(result)
 
 
-def test_the_inception_score_needs_no_reference(judge, tmp_path):
-    np.savez(tmp_path / "fake.npz", arr_0=pictures(6))
-    result = judge("fake.npz", "--inception-weights", "random")
-    assert 1 <= result["inception_score"] < 6 and "fid" not in result
-    assert result["reference"] is result["reference_n"] is result["reference_sha256"] is None
+def test_the_inception_score_needs_no_reference(judge, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    features, logits = torch.randn(30, 2048), 5 * torch.randn(30, 1008)
+    monkeypatch.setattr(fid, "per_image", lambda *args: (torch.cat([features, logits], 1), None))
+    monkeypatch.setattr(fid, "Inception", nn.Identity)
+    np.savez(tmp_path / "fake.npz", arr_0=pictures(30))
+    alone = judge("fake.npz")
+    assert alone["inception_score"] == fid.inception_score(logits) and "fid" not in alone
+    assert alone["reference"] is alone["reference_n"] is alone["reference_sha256"] is None
 
 
 def test_precision_and_recall_take_as_many_real_images_as_adms_file_has(judge, tmp_path, monkeypatch):
@@ -604,6 +616,18 @@ def test_numbers_out_of_range_are_refused(judge, no_work, tmp_path, capsys, flag
     assert flag in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_arguments_that_would_be_ignored_are_refused(judge, no_work, tmp_path, capsys):
+    np.savez(tmp_path / "a.npz", arr_0=pictures(20))
+    rae = "--rae", "x", "--data", "shapes"
+    for arguments in ([], ["--data", "shapes"], ["--rae", "x"], ["a.npz", "a.npz", *rae],
+                      ["--probe", "a.npz"], ["a.npz", "--probe", "--data", "shapes"],
+                      ["--probe", "--data", "shapes"],
+                      ["--probe", "--data", "shapes", "--features", "tiny", "--save-stats", "s.npz"]):
+        with pytest.raises(SystemExit):
+            judge(*arguments)
+        assert "fid.py: error:" in capsys.readouterr().err.splitlines()[-1], arguments
+
+
 # Images in an archive
 
 def test_images_that_are_not_compressed_are_mapped_and_not_read(tmp_path):
@@ -666,10 +690,6 @@ def test_everything_that_makes_a_figure_incomparable_is_said(judge, tmp_path):
     assert "sorted by class" in warnings(pictures(120), labels=np.arange(120) // 40)
 
 
-def said(result):
-    return " ".join(result["warnings"])
-
-
 def test_a_comparison_with_itself_is_said(judge, pair, tmp_path):
     os.symlink(pair[0], tmp_path / "link.npz")
     assert "compared with itself" in said(judge(pair[0], pair[0], *TINY))
@@ -696,6 +716,9 @@ def test_more_images_asked_for_than_there_are_is_said(judge, pair):
     assert "--num 300 is more than the 203" in said(judge(pair[0], *TINY, "--num", 300))
     result = judge(pair[0], *TINY, "--num", 203)
     assert result["n"] == 203 and "--num" not in said(result)
+    np.savez(pair[0], arr_0=pictures(20), mu=np.zeros(96), sigma=np.eye(96))  # of unknown n
+    assert "--num 300 is more than the 20" in said(judge(pair[0], *TINY, "--num", 300))
+    np.savez(pair[0], arr_0=pictures(203))
     assert judge(pair[0], *TINY, "--num", 50)["n"] == 50
 
 

@@ -85,6 +85,19 @@ def test_a_heads_normalisation_is_each_images_own(discriminator):
     torch.testing.assert_close(head.first(features.mT), F.leaky_relu(x, 0.2).mT, rtol=1e-4, atol=1e-5)
 
 
+def test_a_heads_power_iterations_and_norms_compute_in_fp32_under_autocast():
+    torch.manual_seed(0)
+    head = DiscriminatorHead(8).eval()
+    features = torch.randn(3, 16, 8).bfloat16()
+    expected = head(features.float())
+    seen = []
+    head.first[1].register_forward_hook(
+        lambda module, inputs, output: seen.append((output.dtype, torch.is_autocast_enabled("cpu"))))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = head(features)
+    assert seen == [(torch.float32, False)] and torch.equal(logits, expected)
+
+
 def test_the_residual_kernel_of_nine_tokens_goes_around_the_ends():
     head = DiscriminatorHead(2).eval()
     x = torch.zeros(1, 2, 12)

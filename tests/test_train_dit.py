@@ -48,6 +48,19 @@ def test_attention_in_bf16_is_the_softmax():
     torch.testing.assert_close(out, (q @ k.mT / math.sqrt(8)).softmax(-1) @ v)
 
 
+def test_times_and_the_residual_streams_stay_in_fp32_under_autocast():
+    model = random_dit()
+    t = torch.tensor([0.997, 0.998])                                          # one and the same in bf16
+    expected = model.t_embedder(t)
+    seen = []
+    for block in (model.blocks[0], model.blocks[2]):                          # the first of the backbone, of the head
+        block.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.t_embedder(t), expected) and (expected[0] != expected[1]).any()
+        model(torch.randn(2, 9, 24), t, torch.tensor([1, 5]))
+    assert seen == [torch.float32, torch.float32]
+
+
 def test_adaptive_rms_norm_is_its_formula():
     x, norm, (shift, scale) = 3 * torch.randn(4, 5, 7), RMSNorm(7, eps=1e-6), torch.randn(2, 4, 1, 7)
     norm.weight.data.uniform_()
