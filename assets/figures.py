@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from make_demo import ROOT, draw, parts, pooled, train_judge
 from torchvision.io import read_image
-from torchvision.utils import save_image
+from torchvision.utils import make_grid, save_image
 
 from assets.shapes import Shapes
 from fid import frechet_distance, linear_probe, moments, precision_recall, psnr
@@ -309,27 +309,31 @@ def with_range(values, form):
 
 def latents(num=1000, seeds=3):
     """RAE, VAE and pixels: the encoders, then their DiT^DHs by steps, a curve, and samples."""
-    plt = curves()
+    curves()  # here, not after an hour
     for name, encoder in LATENTS.items():
         run(f"latents, {name}", "train_decoder.py", "--encoder", encoder, "--save-every", "5000")
     judge = Judge(num)
 
-    # Each latent's own shift, the best of three after the first mark
+    # Each latent's own shift, by what is recognised after 500 steps; before them nothing is, and FD rewards
+    # colours without a shape
     best = {}
     print("| latents | tokens x channels | PSNR | probe, mean token | probe, all tokens |"
-          f" FD after {MARKS[0]} steps, by alpha |\n|---|---|---|---|---|---|")
+          f" recognised after {MARKS[1]} steps, by alpha |\n|---|---|---|---|---|---|")
     for name in LATENTS:
         rae = load_rae(folder_of(f"latents, {name}"))
-        fds = {base: judged(judge, name, base, marks=MARKS[:1])[MARKS[0]]["fd"] for base in BASES}
-        best[name] = min(fds, key=fds.get)
-        tried = ", ".join(f"{shift_alpha(rae.num_tokens, rae.token_dim, base):.2f}: {fd:.0f}"
-                          for base, fd in fds.items())
+        found = {base: judged(judge, name, base, marks=MARKS[:2])[MARKS[1]]["recognised"] for base in BASES}
+        best[name] = max(found, key=found.get)
+        tried = ", ".join(f"{shift_alpha(rae.num_tokens, rae.token_dim, base):.2f}: {share:.1%}"
+                          for base, share in found.items())
         quality, mean_token, all_tokens = judge.latents(rae)
         print(f"| {name} | {rae.num_tokens} x {rae.token_dim} | {quality:.2f} dB | {mean_token:.1%} |"
               f" {all_tokens:.1%} | {tried} |", flush=True)
 
-    # The runs, with all that was asked of them
-    runs = {name: [judged(judge, name, best[name], seed) for seed in range(seeds)] for name in LATENTS}
+    compare({name: [judged(judge, name, best[name], seed) for seed in range(seeds)] for name in LATENTS})
+
+
+def compare(runs):
+    """Table, speed-up, curve and samples of {latents: [scores of each seed]}."""
     print("| latents | steps | recognised | FD, classifier | FD, tiny |\n|---|---|---|---|---|")
     for name, found in runs.items():
         for step in MARKS:
@@ -342,7 +346,7 @@ def latents(num=1000, seeds=3):
         print(f"speed-up to the FD of {name} after {last:,} steps: {with_range(ratios, '{:.2f}')}")
 
     # Quality against steps, a line for each latent, its seeds as a band
-    figure, axes = plt.subplots(1, 2, figsize=(7, 2.8), layout="constrained")
+    figure, axes = curves().subplots(1, 2, figsize=(7, 2.8), layout="constrained")
     for key, axis in zip(("recognised", "fd"), axes):
         for name, found in runs.items():
             values = torch.tensor([[scores[step][key] for step in MARKS] for scores in found])
@@ -357,8 +361,9 @@ def latents(num=1000, seeds=3):
     figure.savefig(ROOT / "assets/latents.png", dpi=110)
 
     # The same noise after each mark: RAE's rows, the VAE's, those of pixels
-    rows = [found[0][step]["images"].float() for found in runs.values() for step in MARKS]
-    save_image(torch.cat(rows), ROOT / "assets/latents_samples.png", nrow=20)
+    grids = [make_grid(torch.cat([found[0][step]["images"].float() for step in MARKS]), nrow=20)
+             for found in runs.values()]
+    save_image(grids, ROOT / "assets/latents_samples.png", nrow=1, padding=6, pad_value=1)
 
 
 # Beyond the paper: x-prediction, and a model that guides itself
@@ -406,9 +411,10 @@ def beyond_curves(plt, found, num):
         if (name, "AutoGuidance") in found:
             points = start_at + found[name, "AutoGuidance"]
             axes.plot(*zip(*points), "s--", color=colour, lw=1, ms=4, label=f"{name}: AutoGuidance")
-    for name in ("recipe", "recipe, x"):
-        axes.axhline(found[name, "none"][0][1], color="0.6", lw=1, ls=":" if name == "recipe" else "-.",
-                     label=f"{name}, no base head, unguided")
+    for (name, way), points in found.items():
+        if name in ("recipe", "recipe, x"):
+            axes.axhline(points[0][1], color="0.6", lw=1, ls=":" if name == "recipe" else "-.",
+                         label=f"{name}, no base head, unguided")
     axes.set(xlabel="guidance scale", ylabel="FD, mean tokens of tiny", title=f"n = {num}, 25 steps")
     axes.legend(fontsize=7)
     figure.savefig(ROOT / "assets/beyond.png", dpi=110)

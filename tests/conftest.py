@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torchvision.transforms.functional import to_pil_image
 
 ROOT = Path(__file__).parent.parent
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))              # of this process
 
 # One thread for each process; no network; a process that gets SIGABRT prints where its threads are
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1"}

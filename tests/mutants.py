@@ -1,325 +1,702 @@
-"""The tests' negative controls: mistakes of one line, each of which a test has to notice. Not run by pytest.
+"""Do the tests notice? One-line mistakes, put into a copy of the code one at a time. Not run by pytest.
 
-    python tests/mutants.py                   # all of them, two at a time
-    python tests/mutants.py --only sample.py  # those whose file, text or test contains this
+    python tests/mutants.py                  # all of them, two at a time: MINUTES minutes on two cores
+    python tests/mutants.py --only ema       # those whose file, texts or tests contain `ema`
 
-A row is (file, old text, new text, test): the old text occurs once, else nothing is started; the new one is
-what a maintainer might write by mistake, and would change numbers without a word. Each is put into a copy of
-the project, where its test file, or its one test (FILE::TEST), has to fail. Ends with the score, and with
-exit status 1 if a mutant survived.
+Every row is (file, old text, new text, tests that must notice): a mistake that a maintainer could make and
+that would change numbers silently, or bring back a fault that was mended. The named tests pass on the code as
+it is and must fail on the mutant, or not come to an end. Exit status 0 if every mutant is killed.
 """
 import argparse
+import multiprocessing
 import os
+import shlex
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import Queue
 
 ROOT = Path(__file__).parent.parent
-LIMIT = 300                                           # seconds for a test that hangs: noticed as well
+AT_ONCE = 2                                                                   # mutants
+LIMIT = 400                                                                   # seconds; a hang is noticed, too
+LEFT_OUT = (".git", "out", "data", "__pycache__", ".pytest_cache", "venv", ".venv")
+
+RAE = "tests/test_rae.py"
+FID = "tests/test_fid.py"
+STEPS = "tests/test_steps.py"
+DECODER = "tests/test_train_decoder.py"
+DIT = "tests/test_train_dit.py"
+SAMPLE = "tests/test_sample.py"
+SCRIPTS = "tests/test_scripts.py"
+FAULTS = "tests/test_faults.py"
+RELEASE = "tests/test_release.py"
+ENCODERS = "tests/test_encoders.py"
+BEYOND = "tests/test_beyond.py"
+
 MUTANTS = [
-    # rae.py
-    ('rae.py', 'x = z * self.std + self.mean ', 'x = z * self.std ', 'steps'),
-    ('rae.py', 'x = z * self.std + self.mean ', 'x = z ', 'steps'),
-    ('rae.py', 'for key, value in saved["ema"].items()', 'for key, value in saved["model"].items()', 'steps'),
-    ('rae.py', 'if not low <= value <= most or math.isinf(value):', 'if value < low or value > most:', 'rae'),
-    ('rae.py', 'with torch.autocast("cuda" if args[-1].is_cuda else "cpu", enabled=False):\n            return function',
-     'with torch.autocast("cuda" if args[-1].is_cuda else "cpu", enabled=True):\n            return function', 'rae'),
-    ('rae.py', 'h = (h ^ shift(h, 27)) * -0x6B2FB644ECCEEE15', 'h = (h ^ h >> 27) * -0x6B2FB644ECCEEE15', 'rae'),
-    ('rae.py', 'row.normal_(generator=generator.manual_seed(key))', 'row.normal_(generator=generator)', 'rae'),
-    ('rae.py', 'image = TF.resize(image, size * 3 // 2, TF.InterpolationMode.BICUBIC)',
-     'image = TF.resize(image, size, TF.InterpolationMode.BICUBIC)', 'rae'),
-    ('rae.py', 'left = rng.integers(image.width - size + 1)', 'left = (image.width - size) // 2', 'rae'),
-    ('rae.py', 'image = ImageOps.exif_transpose(image)', 'image = image.copy()', 'rae'),
-    ('rae.py', '            if not self.train:\n                return None',
-     '            if False:\n                return None', 'rae'),
-    ('rae.py', '        if self.train and self.crop:', '        if self.train or self.crop:', 'rae'),
-    ('rae.py', 'allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)',
-     'allowed = range(os.cpu_count())', 'rae'),
-    ('rae.py', '    signal.signal(signal.SIGTERM, signal.SIG_IGN)', '    pass', 'rae'),
-    ('rae.py', 'for i, place in enumerate(spread(len(dataset), most))][rank::world]',
-     'for i, place in enumerate(spread(len(dataset), most))]', 'rae'),
-    ('rae.py', 'return F.layer_norm(x[:, self.extra:], x.shape[-1:], eps=self.eps)',
-     'return F.layer_norm(x[:, 1:], x.shape[-1:], eps=self.eps)', 'encoders'),
-    ('rae.py', 'state["cls_token"] = state["cls_token"] + position', 'pass', 'encoders'),
-    ('rae.py', 'antialias=spec.antialias,', 'antialias=True,', 'encoders'),
-    ('rae.py', 'return torch.cat([columns, rows], 1).float()', 'return torch.cat([rows, columns], 1).float()', 'rae'),
-    ('rae.py', 'return (x - self.mean) / self.std', 'return x / self.std', 'rae'),
-    ('rae.py', 'return x * self.pixel_std + self.pixel_mean', 'return x * self.pixel_std', 'rae'),
-    ('rae.py', 'images = F.avg_pool2d(images, self.upsample)', 'pass', 'rae'),
-    ('rae.py', 'rae.load_encoder(saved["encoder"]', 'rae.load_encoder(None', 'rae'),
-    ('rae.py', 'rae.data = saved.get("data")', 'rae.data = None', 'rae'),
-    ('rae.py', 'weights_only=True, mmap=mapped)', 'weights_only=True, mmap=False)', 'rae'),
-    ('rae.py', 'weights_only=True, mmap=mapped)', 'weights_only=False, mmap=mapped)', 'rae'),
-    ('rae.py', '            with open(temporary, "wb") as file:', '            with open(path, "wb") as file:', 'rae'),
+    # rae.py, assets/shapes.py, assets/release.py
+    ("rae.py", "if not low <= value <= most or math.isinf(value):", "if value < low or value > most:", RAE),
+    ("rae.py",
+     'with torch.autocast("cuda" if args[-1].is_cuda else "cpu", enabled=False):\n            return '
+     "function",
+     'with torch.autocast("cuda" if args[-1].is_cuda else "cpu", enabled=True):\n            return '
+     "function", RAE),
+    ("rae.py",
+     "h = (h ^ shift(h, 27)) * -0x6B2FB644ECCEEE15",
+     "h = (h ^ h >> 27) * -0x6B2FB644ECCEEE15", RAE),
+    ("rae.py", "row.normal_(generator=generator.manual_seed(key))", "row.normal_(generator=generator)", RAE),
+    ("rae.py", "while min(image.size) >= 2 * size:", "while min(image.size) > 2 * size + 999:", RAE),
+    ("rae.py",
+     "image = TF.resize(image, size * 3 // 2, TF.InterpolationMode.BICUBIC)",
+     "image = TF.resize(image, size, TF.InterpolationMode.BICUBIC)", RAE),
+    ("rae.py", "left = rng.integers(image.width - size + 1)", "left = (image.width - size) // 2", RAE),
+    ("rae.py", "image = ImageOps.exif_transpose(image)", "image = image.copy()", RAE),
+    ("rae.py",
+     "            if not self.train:\n                return None",
+     "            if False:\n                return None", RAE),
+    ("rae.py", "                if not self.broken[place]:\n", "                if True:\n", RAE),
+    ("rae.py", "if len({os.path.realpath(place) for place in places}) < len(places):", "if False:", RAE),
+    ("rae.py", "        if self.train and self.crop:", "        if self.train or self.crop:", RAE),
+    ("rae.py", "if min(image.size) < self.size and not self.small:", "if min(image.size) < self.size:", RAE),
+    ("rae.py", "return Shapes(size, first=50_000, count=10_000)", "return Shapes(size, count=10_000)", RAE),
+    ("rae.py",
+     'allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)',
+     "allowed = range(os.cpu_count())", RAE),
+    ("rae.py", 'len(allowed) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))', "len(allowed)", RAE),
+    ("rae.py", "    signal.signal(signal.SIGTERM, signal.SIG_IGN)", "    pass", RAE),
+    ("rae.py",
+     "for i, place in enumerate(spread(len(dataset), most))][rank::world]",
+     "for i, place in enumerate(spread(len(dataset), most))]", RAE),
+    ("rae.py",
+     "return F.layer_norm(x[:, self.extra:], x.shape[-1:], eps=self.eps)",
+     "return F.layer_norm(x[:, 1:], x.shape[-1:], eps=self.eps)", ENCODERS),
+    ("rae.py", 'state["cls_token"] = state["cls_token"] + position', "pass", ENCODERS),
+    ("rae.py", "antialias=spec.antialias,", "antialias=True,", ENCODERS),
+    ("rae.py",
+     "return torch.cat([columns, rows], 1).float()",
+     "return torch.cat([rows, columns], 1).float()", RAE),
+    ("rae.py",
+     "x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)",
+     "x = torch.cat([0 * self.cls_token.expand(len(x), -1, -1), x], 1)", RELEASE),
+    ("rae.py", "x = self.embed(z) + self.pos_embed ", "x = self.embed(z) + 0 * self.pos_embed ", RELEASE),
+    ("rae.py", "x = z * self.std + self.mean ", "x = z * self.std ", RAE),
+    ("rae.py", "x = z * self.std + self.mean ", "x = z ", RAE),
+    ("rae.py", "return (x - self.mean) / self.std", "return x / self.std", RAE),
+    ("rae.py", "return x * self.pixel_std + self.pixel_mean", "return x * self.pixel_std", RAE),
+    ("rae.py", "images = F.avg_pool2d(images, self.upsample)", "pass", RAE),
+    ("rae.py",
+     'for key, value in saved["ema"].items()}, str(path))',
+     'for key, value in saved["model"].items()}, str(path))', RAE),
+    ("rae.py", 'rae.load_encoder(saved["encoder"]', "rae.load_encoder(None", RAE),
+    ("rae.py", 'rae.data = saved.get("data")', "rae.data = None", RAE),
+    ("rae.py", "weights_only=True, mmap=mapped)", "weights_only=True, mmap=False)", RAE),
+    ("rae.py", "weights_only=True, mmap=mapped)", "weights_only=False, mmap=mapped)", RAE),
+    ("rae.py", "            os.replace(temporary, path)", "            temporary.unlink()", RAE),
+    ("rae.py",
+     '            with open(temporary, "wb") as file:',
+     '            with open(path, "wb") as file:', RAE),
+    ("rae.py", '"foreign": state.keys() - own.keys(),', '"foreign": set(),', RELEASE),
+    ("rae.py",
+     'return state.get("ema") or state.get("model") or state',
+     'return state.get("model") or state.get("ema") or state', RAE),
+    ("assets/shapes.py", "inside = crossed.sum(-1) % 2 == 1", "inside = crossed.sum(-1) > 0", RAE),
+    ("assets/shapes.py",
+     "qy = py * angle.cos() - px * angle.sin()",
+     "qy = py * angle.cos() + px * angle.sin()", RAE),
+    ("assets/shapes.py",
+     "images, labels = self.render(self.first + torch.tensor(indices))",
+     "images, labels = self.render(torch.tensor(indices))", RAE),
+    ("assets/shapes.py",
+     "bits = mix(indices[:, None], torch.arange(len(self.low))) >> 39",
+     "bits = mix(indices[:, None] % 10, torch.arange(len(self.low))) >> 39", RAE),
+    ("assets/release.py",
+     "return mean.flatten(1).T.contiguous(), var.flatten(1).T.contiguous()",
+     "return mean.mT.flatten(1).T.contiguous(), var.mT.flatten(1).T.contiguous()", RELEASE),
+    ("assets/release.py",
+     'for part in ("query", "key", "value")]',
+     'for part in ("key", "query", "value")]', RELEASE),
+    ("assets/release.py", "return width // buffer.shape[1]", "return 16", RELEASE),
+    ("assets/release.py", "again or not (target / file).is_file()]", "True]", RELEASE),
+    ("assets/release.py", "if not together or dist.get_rank() == 0:", "if True:", RELEASE),
+    ("assets/release.py",
+     'alpha = math.sqrt(config["tokens"] * config["token_dim"] / 4096)',
+     "alpha = 1.0", RELEASE),
+    ("assets/release.py", '"ImageNet256/DiTDH-S_ep14", 1.42)', '"ImageNet256/DiTDH-S_ep14", 1.5)', RELEASE),
+    ("assets/release.py",
+     "    finally:                                                # also when it failed: the others are "
+     "waiting\n        if together:",
+     "    finally:                                                # also when it failed: the others are "
+     "waiting\n        if together and done:", RELEASE),
+
     # fid.py
-    ('fid.py', 'source = torch.arange(side, device=x.device) * (size / side)',
-     'source = torch.arange(side, device=x.device) * ((size - 1) / (side - 1))', 'fid'),
-    ('fid.py', 'net.Mixed_7c.register_forward_hook(self.max_pooled)', 'pass', 'fid'),
-    ('fid.py', 'features = self.net((resize_tf1(images.float()) - 128) / 128)',
-     'features = self.net((resize_tf1(images.float()) - 127.5) / 127.5)', 'fid'),
-    ('fid.py', 'sigma = sum(rows.T @ rows for rows in centred) / (len(features) - 1)',
-     'sigma = sum(rows.T @ rows for rows in centred) / len(features)', 'fid'),
-    ('fid.py', 'if np.abs(left).max(initial=0) <= 1e-10 * np.abs(sigma).max():', 'if True:', 'fid'),
-    ('fid.py', 'if values[0] < -1e-5 * values[-1]:', 'if False:', 'fid'),
-    ('fid.py', 'np.trace(sigma2) - 2 * trace))', 'np.trace(sigma2) - trace))', 'fid'),
-    ('fid.py', 'def inception_score(logits, splits=10):', 'def inception_score(logits, splits=1):', 'fid'),
-    ('fid.py', 'd[rows - rows[0], rows] = torch.inf', 'pass', 'fid'),
-    ('fid.py', 'precise += (d <= radii_real).any(1).sum().item()',
-     'precise += (d <= radii_fake[rows, None]).any(1).sum().item()', 'fid'),
-    ('fid.py', 'recalled |= (d <= radii_fake[rows, None]).any(0)', 'recalled |= (d <= radii_real).any(0)', 'fid'),
-    ('fid.py', 'clamp(min=1e-10).log10()', 'clamp(min=1e-8).log10()', 'fid'),
-    ('fid.py', 'c1, c2 = 0.01 ** 2, 0.03 ** 2', 'c1, c2 = 0.01 ** 2, 0.01 ** 2', 'fid'),
-    ('fid.py', 'linear.forward = in_fp32(linear.forward)', 'pass', 'fid'),
-    ('fid.py', 'start, shape, "F" if fortran else "C")', 'start, shape, "C")', 'fid'),
-    ('fid.py', 'if not Path(path).exists():', 'if False:', 'fid'),
-    ('fid.py', 'order = np.sort(np.random.RandomState(0).permutation(len(dataset))[:num]).tolist()',
-     'order = list(range(len(dataset)))[:num]', 'fid'),
-    ('fid.py', 'return table[:, :-2], table[:, -2].long()', 'return table[:, :-2], table[:, -1].long()', 'fid'),
-    ('fid.py', 'some = np.random.RandomState(0).permutation(len(real))[:10_000]', 'some = slice(10_000)', 'fid'),
-    ('fid.py', 'precision_recall(real[some], fake)', 'precision_recall(fake, real[some])', 'fid'),
-    ('fid.py', 'figures["inception_score"] = inception_score(logits)', 'figures["inception_score"] = inception_score(fake)', 'fid'),
-    ('fid.py', '.clamp(0, 1).mul(255).round().byte()', '.clamp(0, 1).mul(255).byte()', 'fid'),
-    ('fid.py', 'perceptual(2 * a - 1, 2 * b - 1).flatten()', 'perceptual(a, b).flatten()', 'fid'),
-    ('fid.py', 'a, b = images.float() / 255, copies.float() / 255', 'a = b = images.float() / 255', 'fid'),
-    ('fid.py', 'copies = rae.decode(rae.encode(images.float() / 255))',
-     'copies = rae.decode(rae.encode(images.float() / 256))', 'fid'),
-    ('fid.py', 'columns.append(measure(images)[:, :args.dim])', 'columns.append(measure(copies)[:, :args.dim])', 'fid'),
-    ('fid.py', 'n=saved[2] or 0, features=args.features,', 'n=n or 0, features=args.features,', 'fid'),
-    ('fid.py', 'linear_probe(x, y, u, v)', 'linear_probe(u, v, x, y)', 'fid'),
-    # train_decoder.py
-    ('train_decoder.py', 'both = torch.cat([images, images.flip(-1)])', 'both = torch.cat([images, images])', 'steps'),
-    ('train_decoder.py', '(square - mean.square()).clamp', 'square.clamp', 'steps'),
-    ('train_decoder.py', 'still.train = False ', 'still.train = True ', 'steps'),
-    ('train_decoder.py', 'sigma = tau * (u.abs() if', 'sigma = tau * (u.square() if', 'train_decoder'),
-    ('train_decoder.py', 'sigma[:, None, None] * eps / std', 'sigma[:, None, None] * eps', 'steps'),
-    ('train_decoder.py', 'noisy = noise_augment(z, rae.std, keys, args.tau, args.noise)', 'noisy = z', 'steps'),
-    ('train_decoder.py', 'x = x + brightness - 0.5', 'x = x + brightness', 'train_decoder'),
-    ('train_decoder.py', '(self.residual(x) + x) / math.sqrt(2)', 'self.residual(x) + x', 'train_decoder'),
-    ('train_decoder.py', 'x = (x / 2 + 0.5 - self.pixel_mean)', 'x = (x - self.pixel_mean)', 'train_decoder'),
-    ('train_decoder.py', 'maps = [maps[-1], *maps]', 'maps = [maps[0], *maps]', 'train_decoder'),
-    ('train_decoder.py', 'F.relu(1 - real).mean() + F.relu(1 + fake)',
-     'F.relu(1 + real).mean() + F.relu(1 - fake)', 'train_decoder'),
-    ('train_decoder.py', '    return -fake.mean()', '    return fake.mean()', 'train_decoder'),
-    ('train_decoder.py', '(gan_gradient.norm() + 1e-6)).clamp(0, 1e4)',
-     '(gan_gradient.norm() + 1e-6)).clamp(0, 1)', 'train_decoder'),
-    ('train_decoder.py', 'dist.all_reduce(gradient)', 'pass', 'train_decoder'),
-    ('train_decoder.py', 'd_rec + gan_weight * weight * d_gan', 'd_rec + weight * d_gan', 'steps'),
-    ('train_decoder.py', 'd_rec + gan_weight * weight * d_gan', 'd_rec + gan_weight * d_gan', 'steps'),
-    ('train_decoder.py', 'adaptive_weight(at_last(d_rec), at_last(d_gan))', 'adaptive_weight(d_rec, d_gan)', 'steps'),
-    ('train_decoder.py', 'adaptive_weight(at_last(d_rec), at_last(d_gan))',
-     'adaptive_weight(at_last(d_gan), at_last(d_rec))', 'steps'),
-    ('train_decoder.py', 'parts["lpips"] = perceptual(copies * 2 - 1, images * 2 - 1).mean()',
-     'parts["lpips"] = perceptual(copies, images).mean()', 'steps'),
-    ('train_decoder.py', 'loss = loss + args.lpips_weight * parts["lpips"]', 'loss = loss + parts["lpips"]', 'steps'),
-    ('train_decoder.py', 'disc.eval()(augment(copies * 2 - 1, mix(keys, 1)))', 'disc.eval()(copies * 2 - 1)', 'steps'),
-    ('train_decoder.py', 'disc.eval()(augment(copies * 2 - 1, mix(keys, 1)))',
-     'disc.eval()(augment(copies, mix(keys, 1)))', 'steps'),
-    ('train_decoder.py', 'disc.eval()(augment(', 'disc.train()(augment(', 'steps'),
-    ('train_decoder.py', '    else:\n        (loss / args.accum).backward()', '    else:\n        loss.backward()', 'steps'),
-    ('train_decoder.py', 'z = noise_augment(z, rae.std, mix(keys, 4), args.tau, args.noise)', 'pass', 'steps'),
-    ('train_decoder.py', 'if args.disc_input == "noisy":', 'if True:', 'steps'),
-    ('train_decoder.py', 'copies = rae.decode(z).clamp(0, 1)', 'copies = rae.decode(z)', 'steps'),
-    ('train_decoder.py', 'fakes = (copies * 255).round() / 255', 'fakes = copies', 'steps'),
-    ('train_decoder.py', 'real = augment(images * 2 - 1, mix(keys, 2))', 'real = images * 2 - 1', 'steps'),
-    ('train_decoder.py', 'torch.cat([real, fake])', 'torch.cat([fake, real])', 'steps'),
-    ('train_decoder.py', 'hinge_loss(*logits.chunk(2))\n    (loss / args.accum)',
-     'hinge_loss(*logits.chunk(2))\n    (loss)', 'steps'),
-    ('train_decoder.py', 'keys = mix(self.seed, step, places).tolist()', 'keys = mix(self.seed, places).tolist()', 'steps'),
-    ('train_decoder.py', 'group["lr"] = lr', 'pass', 'steps'),
-    ('train_decoder.py', 'if clip:', 'if False:', 'steps'),
-    ('train_decoder.py', 'sums / dist.get_world_size()', 'sums', 'train_decoder'),
-    ('train_decoder.py', 'copies = rae.decode(z + sigma * eps, decoder)', 'copies = rae.decode(z, decoder)', 'train_decoder'),
-    ('train_decoder.py', 'copies = rae.decode(z + sigma * eps, decoder)', 'copies = rae.decode(z + sigma * eps)', 'steps'),
-    ('train_decoder.py', 'row[2] += perceptual(copies * 2 - 1, images * 2 - 1).sum()',
-     'row[2] += perceptual(copies, images).sum()', 'steps'),
-    ('train_decoder.py', 'evaluate(rae, ema.module, held_out', 'evaluate(rae, decoder, held_out', 'steps'),
-    ('train_decoder.py', 'picture(rae, ema.module, shown)', 'picture(rae, decoder, shown)', 'steps'),
-    ('train_decoder.py', '(0.55 + 0.45 * math.cos(', '(0.5 + 0.5 * math.cos(', 'steps'),
-    ('train_decoder.py', 'lr = learning_rate(step, args.lr, args.warmup * epoch, schedule)',
-     'lr = learning_rate(step, args.lr, args.warmup * epoch, total)', 'steps'),
-    ('train_decoder.py', 'adversary = disc if disc and step >= gan_begin else None', 'adversary = disc', 'steps'),
-    ('train_decoder.py', 'if disc and step >= disc_begin:', 'if disc:', 'steps'),
-    ('train_decoder.py', 'own_step = step - disc_begin', 'own_step = step', 'steps'),
-    ('train_decoder.py', 'learning_rate(own_step, args.lr, args.warmup * epoch, schedule)',
-     'learning_rate(own_step, args.lr, args.warmup * epoch, schedule - disc_begin)', 'steps'),
-    ('train_decoder.py', 'meter.skipped(apply_gradients(optimizer, lr))\n        ema.update(decoder)',
-     'ema.update(decoder)\n        meter.skipped(apply_gradients(optimizer, lr))', 'steps'),
-    ('train_decoder.py', 'ema.update(decoder)', 'pass', 'steps'),
-    ('train_decoder.py', 'ema = ModelEmaV3(decoder, decay=args.ema)', 'ema = ModelEmaV3(decoder)', 'steps'),
-    ('train_decoder.py', 'model=decoder, ema=ema.module, optimizer', 'model=decoder, ema=decoder, optimizer', 'steps'),
-    ('train_decoder.py', '{"predict": "v", "base_head": 0, **saved["fixed"]}',
-     '{**saved["fixed"]}', 'beyond::test_a_checkpoint_that_names_neither_is_a_plain_model'),
-    ('train_decoder.py', 'if len({*steps}) > 1:', 'if False:', 'scripts::test_ranks_that_find_different_checkpoints_say_so'),
-    ('train_decoder.py', '    @in_fp32  # power iterations do not converge in bf16\n', '', 'train_decoder'),
-    # train_dit.py
-    ('train_dit.py', 'math.sqrt(tokens * token_dim / base)', 'math.sqrt(tokens * token_dim) / base', 'train_dit'),
-    ('train_dit.py', 'return alpha * t / (1 + (alpha - 1) * t)', 'return t / (alpha - (alpha - 1) * t)', 'train_dit'),
-    ('train_dit.py', 't = torch.sigmoid(u) if', 't = torch.special.ndtr(u) if', 'train_dit'),
-    ('train_dit.py', 'torch.special.ndtr(draws[:, -1]) < label_dropout', 'torch.special.ndtr(u) < label_dropout', 'steps'),
-    ('train_dit.py', 'torch.lerp(z, eps, t[:, None, None])', 'torch.lerp(eps, z, t[:, None, None])', 'train_dit'),
-    ('train_dit.py', 'v = eps - z ', 'v = z - eps ', 'train_dit'),
-    ('train_dit.py', 'v = (x_t - z) / t.clamp(min=LEAST_T)', 'v = (x_t - z) / t.clamp(min=1e-3)', 'train_dit'),
-    ('train_dit.py', 'F.mse_loss(full, v) + F.mse_loss(base, v)', 'F.mse_loss(full, v)', 'steps'),
-    ('train_dit.py', 'torch.linspace(1, 0, steps + 1)', 'torch.linspace(1, 1 / steps, steps + 1)', 'sample'),
-    ('train_dit.py', 'z = z - (t - t_next) * velocity(z, t)', 'z = z - (t - t_next) * velocity(z, t_next)', 'sample'),
-    ('train_dit.py', 'for key, value in saved["ema"].items()', 'for key, value in saved["model"].items()', 'steps'),
-    ('train_dit.py', 'model.alpha = saved["alpha"]',
-     "model.alpha = shift_alpha(model.config['tokens'], model.config['token_dim'])", 'sample'),
-    ('train_dit.py', '(v - (eps - z)).square()', '(v - (z - eps)).square()', 'steps'),
-    ('train_dit.py', 'v = model(torch.lerp(z, eps, t), ', 'v = model(torch.lerp(eps, z, t), ', 'steps'),
-    ('train_dit.py', 'fake = euler(conditional(model, y), noise, sample_times(25, alpha))',
-     'fake = euler(conditional(model, y), noise, sample_times(25, 1.0))', 'steps'),
-    ('train_dit.py', 'y = torch.full_like(y, model.num_classes)', 'pass', 'steps'),
-    ('train_dit.py', 'z = euler(conditional(model, y.to(device)), noise, sample_times(25, alpha))',
-     'z = euler(conditional(model, y.to(device)), noise, sample_times(25, 1.0))', 'steps'),
-    ('train_dit.py', 'picture(ema.module, rae,', 'picture(model, rae,', 'steps'),
-    ('train_dit.py', 'evaluate(ema.module, rae, held_out', 'evaluate(model, rae, held_out', 'steps'),
-    ('train_dit.py', 'rising = min(1, (step + 1) /', 'rising = min(1, step /', 'steps'),
-    ('train_dit.py', 'args.lr * rising * (1 - 0.9 * fallen)', 'args.lr * rising * (1 - fallen)', 'steps'),
-    ('train_dit.py', 'length = max(args.decay_end - args.decay_start, 1e-9)', 'length = max(args.decay_end, 1e-9)', 'steps'),
-    ('train_dit.py', 'args.clip = 1.0 if args.head else 0.0', 'args.clip = 0.0', 'steps'),
-    ('train_dit.py', 'args.ema = 0.9995 if args.head else 0.9999', 'args.ema = 0.9999 if args.head else 0.9995', 'train_dit'),
-    ('train_dit.py', 'alpha = 1 if args.no_shift else shift_alpha', 'alpha = shift_alpha', 'steps'),
-    ('train_dit.py', 'mirrored = (keys & 1).bool()', 'mirrored = (keys & 0).bool()', 'steps'),
-    ('train_dit.py', 'flow_matching_loss(ddp, z, y, alpha, keys,', 'flow_matching_loss(ddp, z, y, 1.0, keys,', 'steps'),
-    ('train_dit.py', 'alpha, keys, args.label_dropout, args.time)', 'alpha, keys, 0.0, args.time)', 'steps'),
-    ('train_dit.py', 'alpha, keys, args.label_dropout, args.time)', 'alpha, keys, args.label_dropout)', 'steps'),
-    ('train_dit.py', '(loss / args.accum).backward()', 'loss.backward()', 'steps'),
-    ('train_dit.py', 'apply_gradients(optimizer, lr, args.clip)', 'apply_gradients(optimizer, lr)', 'steps'),
-    ('train_dit.py', 'meter.skipped(apply_gradients(optimizer, lr, args.clip))\n        ema.update(model)',
-     'ema.update(model)\n        meter.skipped(apply_gradients(optimizer, lr, args.clip))', 'steps'),
-    ('train_dit.py', 'ema=ema.module, optimizer', 'ema=model, optimizer', 'steps'),
-    ('train_dit.py', 'step=step, alpha=alpha,', 'step=step, alpha=1.0,', 'steps'),
-    ('train_dit.py', '(0.9, 0.95), weight_decay=0.0', '(0.9, 0.999), weight_decay=0.0', 'steps'),
-    ('train_dit.py', 'return (x_t - out.float()) / t.clamp(min=LEAST_T)[:, None, None]',
-     'return (x_t - out.float()) / t[:, None, None]', 'beyond::test_the_velocity_is_x_t_minus_x_over_a_clamped_time'),
-    ('train_dit.py', 'self.base_layer(u, u)',
-     'self.base_layer(s, u)', 'beyond::test_the_base_head_is_a_final_layer_on_the_tokens_after_block_k'),
-    ('train_dit.py', 'if base and number == self.base_head:',
-     'if base and number == self.depth:', 'beyond::test_the_base_head_is_a_final_layer_on_the_tokens_after_block_k'),
-    ('train_dit.py', 'v = (x_t - z) / t.clamp(min=LEAST_T)[:, None, None]',
-     'v = eps - z', 'beyond::test_the_target_is_clamped_like_the_prediction'),
-    ('train_dit.py', 'LEAST_T = 0.05', 'LEAST_T = 0.04', 'beyond::test_a_network_that_says_x_is_zero_has_the_closed_form_loss'),
-    ('train_dit.py', 'return F.mse_loss(full, v) + F.mse_loss(base, v)',
-     'return F.mse_loss(full, v) + 0 * base.sum()', 'beyond::test_the_loss_is_the_sum_of_both_outputs_losses'),
-    ('train_dit.py', 'return F.mse_loss(full, v) + F.mse_loss(base, v)',
-     'return F.mse_loss(full, v)', 'beyond::test_every_parameter_gets_a_gradient_in_every_step'),
-    ('train_dit.py', 'if config["predict"] == "x":',
-     'if config["predict"] == "none":', 'beyond::test_a_narrow_model_is_warned_and_told_both_ways_out'),
-    ('train_dit.py', 'outputs.append(("base head", "width"))',
-     'pass', 'beyond::test_a_narrow_model_is_warned_and_told_both_ways_out'),
-    ('train_dit.py', 'base = args.base_head > 0', 'base = False', 'beyond::test_describe_counts_the_base_head'),
-    ('train_dit.py', 'data = absolute(args.data or default_data(rae))',
-     'data = absolute(args.data or ("shapes" if rae.name == "tiny" else "data/imagenet"))', 'scripts::test_stage_2_trains_on_the_data_of_its_autoencoder_and_judges_on_its_held_out_images'),
-    ('train_dit.py', '    @in_fp32  # near t = 1 bf16 has steps of 1/256\n', '', 'train_dit'),
-    ('train_dit.py', 'x = self.x_embedder(x_t).float()', 'x = self.x_embedder(x_t)', 'train_dit'),
-    ('train_dit.py', '"--label-dropout", type=at_least(0, float, 1)',
-     '"--label-dropout", type=float', 'scripts::test_a_number_out_of_range_gets_one_sentence_that_names_its_flag'),
-    # sample.py
-    ('sample.py', 'return torch.lerp(v_null, v, scale)', 'return torch.lerp(v, v_null, scale)', 'sample'),
-    ('sample.py', 'return torch.lerp(v_base, v, scale)', 'return torch.lerp(v, v_base, scale)', 'sample'),
-    ('sample.py', 'return torch.lerp(other(z, t), plain(z, t), scale)',
-     'return torch.lerp(plain(z, t), other(z, t), scale)', 'sample'),
-    ('sample.py', 'not interval[0] <= float(t) <= interval[1]', 'not interval[0] < float(t) < interval[1]', 'sample'),
-    ('sample.py', 'noise = normals(keys, rae.num_tokens', 'noise = normals(torch.arange(len(keys)), rae.num_tokens', 'sample'),
-    ('sample.py', 'noise, sample_times(steps, alpha))', 'noise, sample_times(steps, 1.0))', 'sample'),
-    ('sample.py', 'means = (z * rae.std + rae.mean).mean(1)', 'means = z.mean(1)', 'sample'),
-    ('sample.py', '.double().log_softmax(1)', '.double()', 'sample'),
-    ('sample.py', 'in_fp32(probe)(means)', 'probe(means)', 'sample'),
-    ('sample.py', 'rae.decode(z).float().clamp(0, 1)', 'rae.decode(z).float()', 'sample'),
-    ('sample.py', 'int(mix(seed, 1, block))', 'int(mix(0, 1, block))', 'sample'),
-    ('sample.py', '{None: 1.0, "self": 1.78}.get(guide, 1.42)', '{None: 1.0}.get(guide, 1.42)', 'sample'),
-    ('sample.py', 'keys = mix(args.seed, 0, indices)', 'keys = mix(0, 0, indices)', 'sample'),
-    ('sample.py', 'labels = torch.tensor(columns)[indices % len(columns)]',
-     'labels = torch.tensor(columns)[indices * len(columns) // num]', 'sample'),
-    ('sample.py', 'generate(model, rae, labels[index], keys[index], model.alpha, args.steps, scale',
-     'generate(model, rae, labels[index], keys[index], 1.0, args.steps, scale', 'sample'),
-    ('sample.py', 'labels[index], keys[index], model.alpha, args.steps',
-     'labels[index], keys[:len(index)], model.alpha, args.steps', 'sample'),
-    ('sample.py', 'model.alpha, args.steps, scale, weak,', 'model.alpha, 50, scale, weak,', 'sample'),
-    ('sample.py', '(images * 255).round().byte()', '(images * 255).byte()', 'sample'),
-    ('sample.py', 'if scale == 1 or not interval[0] <= float(t) <= interval[1]:',
-     'if scale == 1:', 'beyond::test_scale_one_and_times_outside_the_interval_are_the_unguided_model'),
-    ('sample.py', 'v, v_base = inner(z, t)',
-     'v, v_base = plain(z, t), inner(z, t)[1]', 'beyond::test_guide_self_takes_one_pass_a_step_and_its_own_scale'),
-    ('sample.py', 'if args.interval and args.interval[0] > args.interval[1]:',
-     'if False:', 'scripts::test_a_number_out_of_range_gets_one_sentence_that_names_its_flag'),
-    # assets/shapes.py
-    ('assets/shapes.py', 'inside = crossed.sum(-1) % 2 == 1', 'inside = crossed.sum(-1) > 0', 'rae'),
-    ('assets/shapes.py', 'qy = py * angle.cos() - px * angle.sin()', 'qy = py * angle.cos() + px * angle.sin()', 'rae'),
-    ('assets/shapes.py', 'images, labels = self.render(self.first + torch.tensor(indices))',
-     'images, labels = self.render(torch.tensor(indices))', 'rae'),
-    ('assets/shapes.py', 'bits = mix(indices[:, None], torch.arange(len(self.low))) >> 39',
-     'bits = mix(indices[:, None] % 10, torch.arange(len(self.low))) >> 39', 'rae'),
-    # assets/release.py
-    ('assets/release.py', 'return mean.flatten(1).T.contiguous(), var.flatten(1).T.contiguous()',
-     'return mean.mT.flatten(1).T.contiguous(), var.mT.flatten(1).T.contiguous()', 'release'),
-    ('assets/release.py', 'for part in ("query", "key", "value")]', 'for part in ("key", "query", "value")]', 'release'),
-    ('assets/release.py', 'return width // buffer.shape[1]', 'return 16', 'release'),
-    ('assets/release.py', 'alpha = math.sqrt(config["tokens"] * config["token_dim"] / 4096)', 'alpha = 1.0', 'release'),
-    ('assets/release.py', '"ImageNet256/DiTDH-S_ep14", 1.42)', '"ImageNet256/DiTDH-S_ep14", 1.5)', 'release'),
+    ("fid.py",
+     "source = torch.arange(side, device=x.device) * (size / side)",
+     "source = torch.arange(side, device=x.device) * ((size - 1) / (side - 1))", FID),
+    ("fid.py",
+     '("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b")',
+     '("5b", "5c", "5d", "6b", "6c", "6d", "6e")', FID),
+    ("fid.py", "net.Mixed_7c.register_forward_hook(self.max_pooled)", "pass", FID),
+    ("fid.py",
+     "features = self.net((resize_tf1(images.float()) - 128) / 128)",
+     "features = self.net((resize_tf1(images.float()) - 127.5) / 127.5)", FID),
+    ("fid.py",
+     "sigma = sum(rows.T @ rows for rows in centred) / (len(features) - 1)",
+     "sigma = sum(rows.T @ rows for rows in centred) / len(features)", FID),
+    ("fid.py", "mu = sum(rows.double().sum(0) for rows in", "mu = sum(rows.sum(0) for rows in", FID),
+    ("fid.py", "factor[pivots - 1] = lower", "factor[:] = lower", FID),
+    ("fid.py", "if np.abs(left).max(initial=0) <= 1e-10 * np.abs(sigma).max():", "if True:", FID),
+    ("fid.py", "if values[0] < -1e-5 * values[-1]:", "if values[0] < 0:", FID),
+    ("fid.py", "if values[0] < -1e-5 * values[-1]:", "if False:", FID),
+    ("fid.py", "np.trace(sigma2) - 2 * trace))", "np.trace(sigma2) - trace))", FID),
+    ("fid.py", "((mu1 - mu2) ** 2).sum()", "np.abs(mu1 - mu2).sum()", FID),
+    ("fid.py", "def inception_score(logits, splits=10):", "def inception_score(logits, splits=1):", FID),
+    ("fid.py",
+     "scores.append(divergence.mean().exp().item())",
+     "scores.append(divergence.mean().item())", FID),
+    ("fid.py", "d[rows - rows[0], rows] = torch.inf", "pass", FID),
+    ("fid.py",
+     "precise += (d <= radii_real).any(1).sum().item()",
+     "precise += (d <= radii_fake[rows, None]).any(1).sum().item()", FID),
+    ("fid.py",
+     "recalled |= (d <= radii_fake[rows, None]).any(0)",
+     "recalled |= (d <= radii_real).any(0)", FID),
+    ("fid.py", "centre = real.mean(0)", "centre = 0", FID),
+    ("fid.py", "    x = (features - mean) / std\n", "    x = features - mean\n", FID),
+    ("fid.py", "clamp(min=1e-10).log10()", "clamp(min=1e-8).log10()", FID),
+    ("fid.py", "/ (2 * 1.5 ** 2))", "/ (2 * 1.5))", FID),
+    ("fid.py", "c1, c2 = 0.01 ** 2, 0.03 ** 2", "c1, c2 = 0.01 ** 2, 0.01 ** 2", FID),
+    ("fid.py", "linear.forward = in_fp32(linear.forward)", "pass", FID),
+    ("fid.py", "self.train = False  # no file", "self.train = True  # no file", FID),
+    ("fid.py",
+     'return np.memmap(path, dtype, "r", start, shape, "F" if fortran else "C")',
+     'return np.load(path)["arr_0"]', FID),
+    ("fid.py", 'start, shape, "F" if fortran else "C")', 'start, shape, "C")', FID),
+    ("fid.py", "while dist.get_rank() == 0 and member.read(2 ** 24):", "while False:", FID),
+    ("fid.py",
+     "start = info.header_offset + 30 + int(lengths.sum()) + header",
+     "start = info.header_offset + 30 + 9 + header", FID),
+    ("fid.py", "if dtype.hasobject:", "if False:", FID),
+    ("fid.py",
+     "return Source(path, Folder(inner if inner.is_dir() else path, min(size)))",
+     "return Source(path, Folder(inner if inner.is_dir() else path, max(size) + 1))", FID),
+    ("fid.py",
+     "return Source(path, Folder(inner if inner.is_dir() else path, min(size)))",
+     "return Source(path, Folder(path, min(size)))", FID),
+    ("fid.py", "if not Path(path).exists():", "if False:", FID),
+    ("fid.py", "root(sigma, name)  # refuses", "pass  # refuses", FID),
+    ("fid.py", "not np.isfinite(mu).all() or not np.isfinite(sigma).all():", "False:", FID),
+    ("fid.py",
+     "order = np.sort(np.random.RandomState(0).permutation(len(dataset))[:num]).tolist()",
+     "order = list(range(len(dataset)))[:num]", FID),
+    ("fid.py", "batch_sampler=batches[dist.get_rank()::dist.get_world_size()]", "batch_sampler=batches", FID),
+    ("fid.py", "worker_init_fn=quiet_worker)", "worker_init_fn=None)", FID),
+    ("fid.py", "dist.all_reduce(width, dist.ReduceOp.MAX)", "pass", FID),
+    ("fid.py", "    if lost:\n", "    if False:\n", FID),
+    ("fid.py", "return table[:, :-2], table[:, -2].long()", "return table[:, :-2], table[:, -1].long()", FID),
+    ("fid.py",
+     "some = np.random.RandomState(0).permutation(len(real))[:10_000]",
+     "some = slice(10_000)", FID),
+    ("fid.py", "precision_recall(real[some], fake)", "precision_recall(fake, real[some])", FID),
+    ("fid.py",
+     'figures["inception_score"] = inception_score(logits)',
+     'figures["inception_score"] = inception_score(fake)', FID),
+    ("fid.py",
+     "    mine = saved = statistics(generated, fake)\n    if args.reference:\n        saved = "
+     "statistics(reference, real)",
+     "    mine = saved = statistics(generated, fake)\n    if args.reference:\n        saved = "
+     "statistics(reference, fake)", FID),
+    ("fid.py",
+     "if args.reference and Path(args.generated).resolve() == Path(args.reference).resolve():",
+     "if args.reference and args.generated == args.reference:", FID),
+    ("fid.py", ".clamp(0, 1).mul(255).round().byte()", ".clamp(0, 1).mul(255).byte()", FID),
+    ("fid.py", "perceptual(2 * a - 1, 2 * b - 1).flatten()", "perceptual(a, b).flatten()", FID),
+    ("fid.py", "a, b = images.float() / 255, copies.float() / 255", "a = b = images.float() / 255", FID),
+    ("fid.py",
+     "copies = rae.decode(rae.encode(images.float() / 255))",
+     "copies = rae.decode(rae.encode(images.float() / 256))", FID),
+    ("fid.py",
+     "columns.append(measure(images)[:, :args.dim])",
+     "columns.append(measure(copies)[:, :args.dim])", FID),
+    ("fid.py",
+     "frechet_distance(*moments(fake), *saved[:2])}",
+     "frechet_distance(*moments(real), *saved[:2])}", FID),
+    ("fid.py", "            raise  # a file that was named has to be right\n", "            pass\n", FID),
+    ("fid.py", "n=saved[2] or 0, features=args.features,", "n=n or 0, features=args.features,", FID),
+    ("fid.py", "(args.num or 0) > len(judged.images)", "(args.num or 0) > n", FID),
+    ("fid.py", "if judged.size and size != judged.size:", "if False:", FID),
+    ("fid.py", 'if getattr(reference.images, "small", False):', "if False:", FID),
+    ("fid.py", "if reference.name and Path(reference.name).is_file():", "if False:", FID),
+    ("fid.py", "    train.train = False  # here,", "    pass  # here,", FID),
+    ("fid.py", "linear_probe(x, y, u, v)", "linear_probe(u, v, x, y)", FID),
+    ("fid.py",
+     "if path and Path(path).resolve() == Path(args.save_stats).resolve():",
+     "if path == args.save_stats:", FID),
+    ("fid.py", 'args.save_stats = args.save_stats.removesuffix(".npz") + ".npz"', "pass", FID),
+    ("fid.py", 'torch.set_float32_matmul_precision("highest")', "pass", FID),
+    ("fid.py", "torch.backends.cudnn.allow_tf32 = False", "pass", FID),
+    ("fid.py", '"--num", type=at_least(2)', '"--num", type=int', FID),
+
+    # train_decoder.py, train_dit.py, sample.py: what the loops compute, and what is drawn
+    ("rae.py", 'for key, value in saved["ema"].items()', 'for key, value in saved["model"].items()', STEPS),
+    ("train_decoder.py",
+     "both = torch.cat([images, images.flip(-1)])",
+     "both = torch.cat([images, images])", STEPS),
+    ("train_decoder.py", "(square - mean.square()).clamp", "square.clamp", STEPS),
+    ("train_decoder.py", "still.train = False ", "still.train = True ", STEPS),
+    ("train_decoder.py", "sigma = tau * (u.abs() if", "sigma = tau * (u.square() if", DECODER),
+    ("train_decoder.py", "sigma[:, None, None] * eps / std", "sigma[:, None, None] * eps", STEPS),
+    ("train_decoder.py", "u = draws[:, -1]", "u = draws[:1, -1]", STEPS),
+    ("train_decoder.py", "noisy = noise_augment(z, rae.std, keys, args.tau, args.noise)", "noisy = z", STEPS),
+    ("train_decoder.py",
+     "noise_augment(z, rae.std, keys, args.tau, args.noise)",
+     "noise_augment(z, rae.std, keys, args.tau)", STEPS),
+    ("train_decoder.py", "x = x + brightness - 0.5", "x = x + brightness", DECODER),
+    ("train_decoder.py",
+     "x.mean(1, keepdim=True), x, 2 * saturation)",
+     "x.mean(1, keepdim=True), x, saturation)", DECODER),
+    ("train_decoder.py", "column = left[:, 0] +", "column = top[:, 0] +", DECODER),
+    ("train_decoder.py", "(self.residual(x) + x) / math.sqrt(2)", "self.residual(x) + x", DECODER),
+    ("train_decoder.py", "x = (x / 2 + 0.5 - self.pixel_mean)", "x = (x - self.pixel_mean)", DECODER),
+    ("train_decoder.py", "maps = [maps[-1], *maps]", "maps = [maps[0], *maps]", DECODER),
+    ("train_decoder.py",
+     "F.relu(1 - real).mean() + F.relu(1 + fake)",
+     "F.relu(1 + real).mean() + F.relu(1 - fake)", DECODER),
+    ("train_decoder.py", "    return -fake.mean()", "    return fake.mean()", DECODER),
+    ("train_decoder.py",
+     "(gan_gradient.norm() + 1e-6)).clamp(0, 1e4)",
+     "(gan_gradient.norm() + 1e-6)).clamp(0, 1)", DECODER),
+    ("train_decoder.py", "dist.all_reduce(gradient)", "pass", DECODER),
+    ("train_decoder.py", "d_rec + gan_weight * weight * d_gan", "d_rec + weight * d_gan", STEPS),
+    ("train_decoder.py", "d_rec + gan_weight * weight * d_gan", "d_rec + gan_weight * d_gan", STEPS),
+    ("train_decoder.py",
+     "adaptive_weight(at_last(d_rec), at_last(d_gan))",
+     "adaptive_weight(d_rec, d_gan)", STEPS),
+    ("train_decoder.py",
+     "adaptive_weight(at_last(d_rec), at_last(d_gan))",
+     "adaptive_weight(at_last(d_gan), at_last(d_rec))", STEPS),
+    ("train_decoder.py",
+     'parts["lpips"] = perceptual(copies * 2 - 1, images * 2 - 1).mean()',
+     'parts["lpips"] = perceptual(copies, images).mean()', STEPS),
+    ("train_decoder.py",
+     'loss = loss + args.lpips_weight * parts["lpips"]',
+     'loss = loss + parts["lpips"]', STEPS),
+    ("train_decoder.py",
+     "disc.eval()(augment(copies * 2 - 1, mix(keys, 1)))",
+     "disc.eval()(copies * 2 - 1)", STEPS),
+    ("train_decoder.py",
+     "disc.eval()(augment(copies * 2 - 1, mix(keys, 1)))",
+     "disc.eval()(augment(copies, mix(keys, 1)))", STEPS),
+    ("train_decoder.py", "disc.eval()(augment(", "disc.train()(augment(", STEPS),
+    ("train_decoder.py",
+     "    else:\n        (loss / args.accum).backward()",
+     "    else:\n        loss.backward()", STEPS),
+    ("train_decoder.py", "gan / args.accum, copies", "gan, copies", STEPS),
+    ("train_decoder.py", "z = noise_augment(z, rae.std, mix(keys, 4), args.tau, args.noise)", "pass", STEPS),
+    ("train_decoder.py", 'if args.disc_input == "noisy":', "if True:", STEPS),
+    ("train_decoder.py", "copies = rae.decode(z).clamp(0, 1)", "copies = rae.decode(z)", STEPS),
+    ("train_decoder.py", "fakes = (copies * 255).round() / 255", "fakes = copies", STEPS),
+    ("train_decoder.py",
+     "fakes = (copies * 255).round() / 255",
+     "fakes = (copies * 255).floor() / 255", STEPS),
+    ("train_decoder.py", "real = augment(images * 2 - 1, mix(keys, 2))", "real = images * 2 - 1", STEPS),
+    ("train_decoder.py",
+     "fake = augment(fakes * 2 - 1, mix(keys, 3))",
+     "fake = augment(fakes, mix(keys, 3))", STEPS),
+    ("train_decoder.py", "torch.cat([real, fake])", "torch.cat([fake, real])", STEPS),
+    ("train_decoder.py",
+     "hinge_loss(*logits.chunk(2))\n    (loss / args.accum)",
+     "hinge_loss(*logits.chunk(2))\n    (loss)", STEPS),
+    ("train_decoder.py",
+     "keys = mix(self.seed, step, places).tolist()",
+     "keys = mix(self.seed, places).tolist()", STEPS),
+    ("train_decoder.py",
+     "keys = mix(self.seed, step, places).tolist()",
+     "keys = mix(0, step, places).tolist()", STEPS),
+    ("train_decoder.py", ".float() / 255, labels.to(", ".float() / 256, labels.to(", STEPS),
+    ("train_decoder.py", 'group["lr"] = lr', "pass", STEPS),
+    ("train_decoder.py", "if clip:", "if False:", STEPS),
+    ("train_decoder.py", "sums / dist.get_world_size()", "sums", DECODER),
+    ("train_decoder.py",
+     "copies = rae.decode(z + sigma * eps, decoder)",
+     "copies = rae.decode(z, decoder)", DECODER),
+    ("train_decoder.py",
+     "copies = rae.decode(z + sigma * eps, decoder)",
+     "copies = rae.decode(z + sigma * eps)", STEPS),
+    ("train_decoder.py",
+     "row[2] += perceptual(copies * 2 - 1, images * 2 - 1).sum()",
+     "row[2] += perceptual(copies, images).sum()", STEPS),
+    ("train_decoder.py", "mix(0, 2, numbers)", "mix(0, 2, numbers - numbers[0])", DECODER),
+    ("train_decoder.py", "evaluate(rae, ema.module, held_out", "evaluate(rae, decoder, held_out", STEPS),
+    ("train_decoder.py", "picture(rae, ema.module, shown)", "picture(rae, decoder, shown)", STEPS),
+    ("train_decoder.py", "(0.55 + 0.45 * math.cos(", "(0.5 + 0.5 * math.cos(", STEPS),
+    ("train_decoder.py", "rising = min(1, (step + 1) /", "rising = min(1, step /", STEPS),
+    ("train_decoder.py",
+     "lr = learning_rate(step, args.lr, args.warmup * epoch, schedule)",
+     "lr = learning_rate(step, args.lr, args.warmup * epoch, total)", STEPS),
+    ("train_decoder.py",
+     "adversary = disc if disc and step >= gan_begin else None",
+     "adversary = disc", STEPS),
+    ("train_decoder.py", "if disc and step >= disc_begin:", "if disc:", STEPS),
+    ("train_decoder.py", "own_step = step - disc_begin", "own_step = step", STEPS),
+    ("train_decoder.py",
+     "learning_rate(own_step, args.lr, args.warmup * epoch, schedule)",
+     "learning_rate(own_step, args.lr, args.warmup * epoch, schedule - disc_begin)", STEPS),
+    ("train_decoder.py",
+     "meter.skipped(apply_gradients(optimizer, lr))\n        ema.update(decoder)",
+     "ema.update(decoder)\n        meter.skipped(apply_gradients(optimizer, lr))", STEPS),
+    ("train_decoder.py", "ema.update(decoder)", "pass", STEPS),
+    ("train_decoder.py", "ema = ModelEmaV3(decoder, decay=args.ema)", "ema = ModelEmaV3(decoder)", STEPS),
+    ("train_decoder.py",
+     "model=decoder, ema=ema.module, optimizer",
+     "model=decoder, ema=decoder, optimizer", STEPS),
+    ("train_decoder.py",
+     "betas=(0.9, 0.95), weight_decay=0.0",
+     "betas=(0.9, 0.95), weight_decay=0.01", STEPS),
+    ("train_dit.py", "math.sqrt(tokens * token_dim / base)", "math.sqrt(tokens * token_dim) / base", DIT),
+    ("train_dit.py", "return alpha * t / (1 + (alpha - 1) * t)", "return t / (alpha - (alpha - 1) * t)", DIT),
+    ("train_dit.py", "t = torch.sigmoid(u) if", "t = torch.special.ndtr(u) if", DIT),
+    ("train_dit.py",
+     "torch.special.ndtr(draws[:, -1]) < label_dropout",
+     "torch.special.ndtr(u) < label_dropout", STEPS),
+    ("train_dit.py", "torch.lerp(z, eps, t[:, None, None])", "torch.lerp(eps, z, t[:, None, None])", DIT),
+    ("train_dit.py", "v = eps - z ", "v = z - eps ", DIT),
+    ("train_dit.py", "v = (x_t - z) / t.clamp(min=LEAST_T)", "v = (x_t - z) / t.clamp(min=1e-3)", DIT),
+    ("train_dit.py", "F.mse_loss(full, v) + F.mse_loss(base, v)", "F.mse_loss(full, v)", STEPS),
+    ("train_dit.py", "torch.linspace(1, 0, steps + 1)", "torch.linspace(1, 1 / steps, steps + 1)", SAMPLE),
+    ("train_dit.py",
+     "z = z - (t - t_next) * velocity(z, t)",
+     "z = z - (t - t_next) * velocity(z, t_next)", SAMPLE),
+    ("train_dit.py",
+     'for key, value in saved["ema"].items()',
+     'for key, value in saved["model"].items()', STEPS),
+    ("train_dit.py",
+     'model.alpha = saved["alpha"]',
+     "model.alpha = shift_alpha(model.config['tokens'], model.config['token_dim'])", SAMPLE),
+    ("train_dit.py", "(v - (eps - z)).square()", "(v - (z - eps)).square()", STEPS),
+    ("train_dit.py", "v = model(torch.lerp(z, eps, t), ", "v = model(torch.lerp(eps, z, t), ", STEPS),
+    ("train_dit.py",
+     "fake = euler(conditional(model, y), noise, sample_times(25, alpha))",
+     "fake = euler(conditional(model, y), noise, sample_times(25, 1.0))", STEPS),
+    ("train_dit.py", "y = torch.full_like(y, model.num_classes)", "pass", STEPS),
+    ("train_dit.py",
+     "z = euler(conditional(model, y.to(device)), noise, sample_times(25, alpha))",
+     "z = euler(conditional(model, y.to(device)), noise, sample_times(25, 1.0))", STEPS),
+    ("train_dit.py", "y.fill_(count)", "pass", STEPS),
+    ("train_dit.py", "picture(ema.module, rae,", "picture(model, rae,", STEPS),
+    ("train_dit.py", "evaluate(ema.module, rae, held_out", "evaluate(model, rae, held_out", STEPS),
+    ("train_dit.py", "rising = min(1, (step + 1) /", "rising = min(1, step /", STEPS),
+    ("train_dit.py", "args.lr * rising * (1 - 0.9 * fallen)", "args.lr * rising * (1 - fallen)", STEPS),
+    ("train_dit.py",
+     "length = max(args.decay_end - args.decay_start, 1e-9)",
+     "length = max(args.decay_end, 1e-9)", STEPS),
+    ("train_dit.py", "args.clip = 1.0 if args.head else 0.0", "args.clip = 0.0", STEPS),
+    ("train_dit.py",
+     "args.ema = 0.9995 if args.head else 0.9999",
+     "args.ema = 0.9999 if args.head else 0.9995", DIT),
+    ("train_dit.py", "args.decay_start = 40 if args.head else math.inf", "args.decay_start = 40", DIT),
+    ("train_dit.py", "alpha = 1 if args.no_shift else shift_alpha", "alpha = shift_alpha", STEPS),
+    ("train_dit.py", "mirrored = (keys & 1).bool()", "mirrored = (keys & 0).bool()", STEPS),
+    ("train_dit.py",
+     "flow_matching_loss(ddp, z, y, alpha, keys,",
+     "flow_matching_loss(ddp, z, y, 1.0, keys,", STEPS),
+    ("train_dit.py", "alpha, keys, args.label_dropout, args.time)", "alpha, keys, 0.0, args.time)", STEPS),
+    ("train_dit.py",
+     "alpha, keys, args.label_dropout, args.time)",
+     "alpha, keys, args.label_dropout)", STEPS),
+    ("train_dit.py", "(loss / args.accum).backward()", "loss.backward()", STEPS),
+    ("train_dit.py", "apply_gradients(optimizer, lr, args.clip)", "apply_gradients(optimizer, lr)", STEPS),
+    ("train_dit.py",
+     "meter.skipped(apply_gradients(optimizer, lr, args.clip))\n        ema.update(model)",
+     "ema.update(model)\n        meter.skipped(apply_gradients(optimizer, lr, args.clip))", STEPS),
+    ("train_dit.py", "ema=ema.module, optimizer", "ema=model, optimizer", STEPS),
+    ("train_dit.py", "step=step, alpha=alpha,", "step=step, alpha=1.0,", STEPS),
+    ("train_dit.py", "(0.9, 0.95), weight_decay=0.0", "(0.9, 0.999), weight_decay=0.0", STEPS),
+    ("sample.py", "return torch.lerp(v_null, v, scale)", "return torch.lerp(v, v_null, scale)", SAMPLE),
+    ("sample.py", "return torch.lerp(v_base, v, scale)", "return torch.lerp(v, v_base, scale)", SAMPLE),
+    ("sample.py",
+     "return torch.lerp(other(z, t), plain(z, t), scale)",
+     "return torch.lerp(plain(z, t), other(z, t), scale)", SAMPLE),
+    ("sample.py",
+     "not interval[0] <= float(t) <= interval[1]",
+     "not interval[0] < float(t) < interval[1]", SAMPLE),
+    ("sample.py",
+     "noise = normals(keys, rae.num_tokens",
+     "noise = normals(torch.arange(len(keys)), rae.num_tokens", SAMPLE),
+    ("sample.py", "noise, sample_times(steps, alpha))", "noise, sample_times(steps, 1.0))", SAMPLE),
+    ("sample.py",
+     "[mix(keys, j) for j in range(1, best_of)]",
+     "[mix(keys, 1) for j in range(1, best_of)]", SAMPLE),
+    ("sample.py", "means = (z * rae.std + rae.mean).mean(1)", "means = z.mean(1)", SAMPLE),
+    ("sample.py", ".double().log_softmax(1)", ".double()", SAMPLE),
+    ("sample.py", "in_fp32(probe)(means)", "probe(means)", SAMPLE),
+    ("sample.py", "fits.argmax(1)]", "fits.argmin(1)]", SAMPLE),
+    ("sample.py", "rae.decode(z).float().clamp(0, 1)", "rae.decode(z).float()", SAMPLE),
+    ("sample.py", "int(mix(seed, 1, block))", "int(mix(0, 1, block))", SAMPLE),
+    ("sample.py",
+     "return rae.tokens(images.float() / 255).mean(1)",
+     "return rae.tokens(images.float()).mean(1)", SAMPLE),
+    ("sample.py", '{None: 1.0, "self": 1.78}.get(guide, 1.42)', "{None: 1.0}.get(guide, 1.42)", SAMPLE),
+    ("sample.py", "scale = model.scale", "pass", SAMPLE),
+    ("sample.py", "keys = mix(args.seed, 0, indices)", "keys = mix(0, 0, indices)", SAMPLE),
+    ("sample.py",
+     "labels = torch.tensor(columns)[indices % len(columns)]",
+     "labels = torch.tensor(columns)[indices * len(columns) // num]", SAMPLE),
+    ("sample.py",
+     "generate(model, rae, labels[index], keys[index], model.alpha, args.steps, scale",
+     "generate(model, rae, labels[index], keys[index], 1.0, args.steps, scale", SAMPLE),
+    ("sample.py",
+     "labels[index], keys[index], model.alpha, args.steps",
+     "labels[index], keys[:len(index)], model.alpha, args.steps", SAMPLE),
+    ("sample.py", "model.alpha, args.steps, scale, weak,", "model.alpha, 50, scale, weak,", SAMPLE),
+    ("sample.py", "args.interval or (0, 1), probe", "(0, 1), probe", SAMPLE),
+    ("sample.py", "(images * 255).round().byte()", "(images * 255).byte()", SAMPLE),
+
+    # Predicting the latent, and a base head
+    ("train_dit.py",
+     "return (x_t - out.float()) / t.clamp(min=LEAST_T)[:, None, None]",
+     "return (x_t - out.float()) / t[:, None, None]",
+     BEYOND + "::test_the_velocity_is_x_t_minus_x_over_a_clamped_time"),
+    ("train_dit.py",
+     "u = F.silu(t_e + s)",
+     "u = F.silu(c + s)", BEYOND + "::test_the_base_head_is_a_final_layer_on_the_tokens_after_block_k"),
+    ("train_dit.py",
+     "self.base_layer(u, u)",
+     "self.base_layer(s, u)", BEYOND + "::test_the_base_head_is_a_final_layer_on_the_tokens_after_block_k"),
+    ("train_dit.py",
+     "if base and number == self.base_head:",
+     "if base and number == self.depth:",
+     BEYOND + "::test_the_base_head_is_a_final_layer_on_the_tokens_after_block_k"),
+    ("train_dit.py",
+     "([self.base_layer] if self.base_head else [])",
+     "[]", BEYOND + "::test_both_outputs_predict_the_same_thing"),
+    ("train_dit.py",
+     "v = (x_t - z) / t.clamp(min=LEAST_T)[:, None, None]",
+     "v = (x_t - z) / t[:, None, None]", BEYOND + "::test_the_target_is_clamped_like_the_prediction"),
+    ("train_dit.py",
+     "v = (x_t - z) / t.clamp(min=LEAST_T)[:, None, None]",
+     "v = eps - z", BEYOND + "::test_the_target_is_clamped_like_the_prediction"),
+    ("train_dit.py",
+     "LEAST_T = 0.05",
+     "LEAST_T = 0.04", BEYOND + "::test_a_network_that_says_x_is_zero_has_the_closed_form_loss"),
+    ("train_dit.py",
+     "return F.mse_loss(full, v) + F.mse_loss(base, v)",
+     "return F.mse_loss(full, v) + 0 * base.sum()",
+     BEYOND + "::test_the_loss_is_the_sum_of_both_outputs_losses"),
+    ("train_dit.py",
+     "return F.mse_loss(full, v) + F.mse_loss(base, v)",
+     "return F.mse_loss(full, v)", BEYOND + "::test_every_parameter_gets_a_gradient_in_every_step"),
+    ("train_dit.py",
+     'if config["predict"] == "x":',
+     'if config["predict"] == "none":', BEYOND + "::test_a_narrow_model_is_warned_and_told_both_ways_out"),
+    ("train_dit.py",
+     'outputs.append(("base head", "width"))',
+     "pass", BEYOND + "::test_a_narrow_model_is_warned_and_told_both_ways_out"),
+    ("train_dit.py",
+     "if other.predict != args.predict:",
+     "if False:", BEYOND + "::test_init_with_another_prediction_is_refused"),
+    ("train_dit.py",
+     "base = args.base_head > 0",
+     "base = False", BEYOND + "::test_describe_counts_the_base_head"),
+    ("train_decoder.py",
+     '{"predict": "v", "base_head": 0, **saved["fixed"]}',
+     '{**saved["fixed"]}', BEYOND + "::test_a_checkpoint_that_names_neither_is_a_plain_model"),
+    ("sample.py",
+     "if scale == 1 or not interval[0] <= float(t) <= interval[1]:",
+     "if scale == 1:", BEYOND + "::test_scale_one_and_times_outside_the_interval_are_the_unguided_model"),
+    ("sample.py",
+     '"self": 1.78}',
+     '"self": 1.42}', BEYOND + "::test_guide_self_takes_one_pass_a_step_and_its_own_scale"),
+    ("sample.py",
+     "v, v_base = inner(z, t)",
+     "v, v_base = plain(z, t), inner(z, t)[1]",
+     BEYOND + "::test_guide_self_takes_one_pass_a_step_and_its_own_scale"),
+    ("sample.py",
+     'if not getattr(model, "base_head", 0):',
+     "if False:", BEYOND + "::test_a_model_without_a_base_head_is_refused_in_a_sentence"),
+
+    # Processes, and input that must be refused: faults that were mended
+    ("train_decoder.py",
+     "for number in (signal.SIGTERM, signal.SIGINT):",
+     "for number in (signal.SIGINT,):", FAULTS + " -k 'stop_signal and 15-1'"),
+    ("train_decoder.py",
+     "step % args.save_every == 0 or step == total or stop:",
+     "step % args.save_every == 0 or step == total:", FAULTS + " -k 'stop_signal and 15-1'"),
+    ("train_decoder.py",
+     "if rank == 0 and not stop:",
+     "if rank == 0:", FAULTS + "::test_a_stop_during_an_evaluation_saves_the_next_step"),
+    ("train_decoder.py",
+     "    dist.all_reduce(flag, dist.ReduceOp.MAX)\n",
+     "", FAULTS + " -k 'stop_signal and 15-2'"),
+    ("train_decoder.py",
+     "fcntl.LOCK_EX | fcntl.LOCK_NB",
+     "fcntl.LOCK_SH | fcntl.LOCK_NB", FAULTS + "::test_a_second_trainer_of_the_same_run_is_refused"),
+    ("train_decoder.py",
+     "    claim.held = file",
+     "    file.close()", FAULTS + "::test_a_second_trainer_of_the_same_run_is_refused"),
+    ("train_decoder.py", 'or entry["step"] <= step]', "or True]", FAULTS + " -k full_disk"),
+    ("train_decoder.py",
+     "    optimizer.found_inf = (~norm.isfinite()).float()\n",
+     "    optimizer.found_inf = torch.zeros(())\n", FAULTS + " -k finite_gradient"),
+    ("train_decoder.py",
+     "self.in_a_row = (self.in_a_row + 1) * flag",
+     "self.in_a_row = self.in_a_row + flag", FAULTS),
+    ("train_decoder.py",
+     "if len({*steps}) > 1:",
+     "if False:", SCRIPTS + "::test_ranks_that_find_different_checkpoints_say_so"),
+    ("rae.py",
+     'options["device_id"] = device',
+     "pass", SCRIPTS + "::test_the_process_group_waits_for_long_saves_and_knows_its_device"),
+    ("rae.py",
+     "timeout=timedelta(hours=1), ",
+     "", SCRIPTS + "::test_the_process_group_waits_for_long_saves_and_knows_its_device"),
+    ("train_decoder.py",
+     "(micro * self.world + self.rank) * size",
+     "(micro * self.world + 0) * size", SCRIPTS + " -k 'stage_1 and 2-2'"),
+    ("train_decoder.py",
+     "size = self.batch // (self.accum * self.world)",
+     "size = self.batch // self.accum", SCRIPTS + " -k 'stage_1 and 2-2'"),
+    ("train_decoder.py", "step = self.step\n", "step = 0\n", SCRIPTS + " -k resumed"),
+    ("train_dit.py",
+     "data = absolute(args.data or default_data(rae))",
+     'data = absolute(args.data or "shapes")',
+     SCRIPTS + "::test_stage_2_trains_on_the_data_of_its_autoencoder_and_judges_on_its_held_out_images"),
+    ("rae.py", "or math.isinf(value):", "or False:", SCRIPTS + " -k 'out_of_range and inf'"),
+    ("sample.py",
+     "if args.interval and args.interval[0] > args.interval[1]:",
+     "if False:", SCRIPTS + " -k 'out_of_range and interval'"),
+    ("sample.py", "if scale == 1 and args.interval:", "if False:", SCRIPTS + " -k 'interval'"),
+    ("sample.py",
+     'add("--scale", type=at_least(0, float)',
+     'add("--scale", type=float', SCRIPTS + " -k 'out_of_range and scale'"),
+    ("train_decoder.py",
+     'add("--lr", type=positive',
+     'add("--lr", type=at_least(0, float)', SCRIPTS + " -k 'out_of_range and lr'"),
+    ("train_decoder.py",
+     'add("--ema", type=share',
+     'add("--ema", type=at_least(0, float)', SCRIPTS + " -k 'out_of_range and ema'"),
+    ("train_dit.py",
+     'add("--head-depth", type=at_least(1)',
+     'add("--head-depth", type=at_least(0)', SCRIPTS + " -k 'out_of_range and head-depth'"),
+    ("train_decoder.py", "args.gan_start < args.disc_start:", "False:", SCRIPTS + " -k 'bad_input and GAN'"),
+    ("sample.py", "        check_picture(args.out)\n", "", SCRIPTS + " -k 'bad_input and grid'"),
+    ("rae.py", "    check_picture(args.out)\n", "", SCRIPTS + " -k 'bad_input and reconstruction'"),
 ]
 
 
-def copy(folder):
-    """The project without its history and its runs."""
-    ignore = shutil.ignore_patterns(".*", "out", "data", "__pycache__", "*.png")
-    shutil.copytree(ROOT, folder, ignore=ignore)
-    return folder
+# Tests on a copy of the code
+
+class Copies:
+    """Copies of the code, one for each thread that asks for one."""
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.own = threading.local()
+
+    def get(self):
+        if not hasattr(self.own, "path"):
+            self.own.path = self.folder / str(threading.get_ident())
+            shutil.copytree(ROOT, self.own.path, ignore=shutil.ignore_patterns(*LEFT_OUT))
+        return self.own.path
 
 
-def noticed(folder, mutant):
-    """Whether the test fails with the mutant in it."""
-    name, old, new, test = mutant
-    file = folder / name
-    whole = file.read_text()
-    file.write_text(whole.replace(old, new))
-    path, _, one = test.partition("::")
-    target = f"tests/test_{path}.py" + (f"::{one}" if one else "")
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", target]
+def run_pytest(copy, tests, said):
+    """The body of a process: pytest on the copy, all that it prints into the file `said`."""
+    os.setsid()                                                               # so that it can be killed as a whole
+    output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(copy)
+    sys.path[:] = [str(copy)] + [path for path in sys.path if not path.startswith(str(ROOT))]
+    import pytest
+    sys.exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests)])))
+
+
+def outcome(copy, tests):
+    """What pytest says of the copy: "passed", "failed", "hung", or None, if it could not run the tests; and
+    what it printed."""
+    said = copy.with_suffix(".txt")
+    process = PROCESSES.Process(target=run_pytest, args=(copy, tests, said))
+    process.start()
+    process.join(LIMIT)
+    if process.exitcode is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        return "hung", ""
+    return {0: "passed", 1: "failed"}.get(process.exitcode), said.read_text(errors="replace")
+
+
+def judge(copies, mutant):
+    """The outcome of the mutant's tests."""
+    file, old, new, tests = mutant
+    copy = copies.get()
+    good = (copy / file).read_text()
+    (copy / file).write_text(good.replace(old, new))
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, timeout=LIMIT,
-                              env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"})
-        return done.returncode == 1                   # 2 to 5: pytest itself had no test to run
-    except subprocess.TimeoutExpired:
-        return True
+        return outcome(copy, tests)
     finally:
-        file.write_text(whole)
+        (copy / file).write_text(good)
+
+
+def check_rows():
+    """Refuse rows that no longer fit the code: a mutant that changes nothing would prove nothing."""
+    wrong = []
+    for file, old, new, tests in MUTANTS:
+        count = (ROOT / file).read_text().count(old)
+        if count != 1:
+            wrong.append(f"{file}: {old!r} occurs {count} times")
+        if old == new:
+            wrong.append(f"{file}: {old!r} is not changed")
+        if not (ROOT / tests.split()[0].split("::")[0]).is_file():
+            wrong.append(f"no such tests: {tests}")
+    if len(set(MUTANTS)) < len(MUTANTS):
+        wrong.append("a row stands there twice")
+    if wrong:
+        sys.exit("\n".join(["the rows no longer fit the code:", *wrong]))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", default="", help="only mutants whose row contains this")
+    parser.add_argument("--only", metavar="TEXT", help="mutants whose file, texts or tests contain it")
     args = parser.parse_args()
-    wrong = [row for row in MUTANTS if (ROOT / row[0]).read_text().count(row[1]) != 1]
-    if wrong:
-        sys.exit("\n".join(f"{row[0]}: not there once: {row[1]!r}" for row in wrong))
-    chosen = [row for row in MUTANTS if args.only in " ".join(row)]
+    check_rows()
+    chosen = [row for row in MUTANTS if not args.only or any(args.only in text for text in row)]
+    if not chosen:
+        sys.exit(f"no row contains {args.only!r}")
+
     begun = time.time()
-    survived = 0
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-        copies = Queue()                              # each mutant has a copy to itself
-        for i in range(2):
-            copies.put(copy(Path(folder, str(i))))
+    survivors = 0
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(AT_ONCE) as pool:
+        copies = Copies(folder)
 
-        def judge(mutant):
-            mine = copies.get()
-            try:
-                return noticed(mine, mutant)
-            finally:
-                copies.put(mine)
+        # Tests that fail anyhow would kill every mutant
+        selections = sorted({tests for *_, tests in chosen})
+        results = pool.map(lambda tests: outcome(copies.get(), tests), selections)
+        for tests, (found, text) in zip(selections, results):
+            if found != "passed":
+                pool.shutdown(cancel_futures=True)
+                sys.exit(f"{tests}: on the code as it is: {found}\n{text[-2000:]}")
+        print(f"{len(selections)} selections of tests pass on the code as it is", flush=True)
 
-        for row, killed in zip(chosen, pool.map(judge, chosen)):
-            survived += not killed
-            print(f"{'killed  ' if killed else 'SURVIVED'}  {row[0]}: {row[1]!r} -> {row[2]!r}  ({row[3]})", flush=True)
-    print(f"{len(chosen) - survived} of {len(chosen)} mutants killed, {(time.time() - begun) / 60:.1f} minutes")
-    sys.exit(survived > 0)
+        results = pool.map(lambda row: judge(copies, row), chosen)
+        for (file, old, new, tests), (found, text) in zip(chosen, results):
+            killed = found in ("failed", "hung")
+            survivors += not killed
+            how = " (hung)" if found == "hung" else ""
+            print(f"{'killed  ' if killed else 'SURVIVED'} {file}: {old!r} -> {new!r}{how}", flush=True)
+            if found is None:
+                print(f"pytest could not run {tests}:\n{text[-1000:]}")
+    minutes = (time.time() - begun) / 60
+    print(f"{len(chosen) - survivors} of {len(chosen)} mutants killed, {minutes:.1f} minutes")
+    sys.exit(survivors > 0)
 
 
 if __name__ == "__main__":
+    # A server imports what is slow once; each process is a copy of it. No .pyc: a mutant may have the time
+    # and the size of the text before it.
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    PROCESSES = multiprocessing.get_context("forkserver")
+    PROCESSES.set_forkserver_preload(["torch", "torchvision", "timm", "scipy.linalg", "pytest", "numpy"])
     main()

@@ -191,6 +191,13 @@ def test_precision_and_recall_are_those_of_brute_force_for_any_block(block):
     assert fid.precision_recall(real, fake, block=block) == pytest.approx(expected)
 
 
+def test_precision_and_recall_do_not_depend_on_where_the_features_are():
+    torch.manual_seed(0)
+    real, fake = torch.randn(150, 8), 0.9 * torch.randn(90, 8) + 0.5
+    there = fid.precision_recall(real + 5000, fake + 5000)                    # squares of 10^8 would cancel
+    assert there == pytest.approx(fid.precision_recall(real, fake), abs=0.02)
+
+
 def test_samples_of_one_mode_are_precise_and_recall_that_mode():
     torch.manual_seed(0)
     real = torch.cat([torch.randn(200, 4), torch.randn(200, 4) + 100])
