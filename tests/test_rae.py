@@ -310,6 +310,14 @@ def test_a_part_of_a_data_set_has_all_classes_sorted_or_taking_turns(length, mos
     assert labels.tolist() == [place % 10 for place in spread(length, most)[:7]]
 
 
+def test_stage_2_sees_centre_crops_and_stage_1_random_ones(photos):
+    centre = open_data(photos, 32)
+    random = open_data(photos, 32, crop=True)
+    still = Folder(photos, 32)
+    assert all(torch.equal(centre[i, 5][0], still[i, 5][0]) for i in range(8))
+    assert any(not torch.equal(random[i, 5][0], still[i, 5][0]) for i in range(8))
+
+
 def test_train_and_val_folders_are_found(photos, tmp_path):
     for part in ("train", "val"):
         (tmp_path / part).symlink_to(photos)

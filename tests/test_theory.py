@@ -11,7 +11,7 @@ import torch
 import noise_shift
 import width_bound
 from train_dit import DiT, flow_matching_loss
-from width_bound import MIXED, exact, gain, holds, measure, norm_floor, residual, run, spectrum, theorem
+from width_bound import MIXED, exact, gain, holds, measure, norm_floor, run, spectrum, theorem
 
 ROOT = Path(__file__).resolve().parents[1]
 
