@@ -591,7 +591,9 @@ def image_flops(rae, build, *inputs):
 
 
 def describe(what, module, *inputs):
-    """Print a meta module's parameters, compute and training memory; inputs: one image's."""
+    """Print a meta module's parameters, compute and training memory, on rank 0; inputs: one image's."""
+    if dist.get_rank():
+        return
     size = sum(p.numel() for p in module.parameters())  # what is trained
     fixed = sum(value.numel() for value in module.state_dict().values()) - size
     full, linear = count_flops(module, *inputs)
@@ -701,11 +703,9 @@ def main():
         rae = RAE(args.encoder, args.decoder, args.image_size, args.upsample)
         one_latent = torch.empty(1, rae.num_tokens, rae.token_dim, device="meta")
     if args.describe:
-        if rank == 0:
-            describe(f"decoder {args.decoder}", rae.decoder, one_latent)
-        return
+        return describe(f"decoder {args.decoder}", rae.decoder, one_latent)
     decoder = rae.decoder
-    pixels = not list(decoder.parameters())  # decoding them is encoding backwards, exactly
+    pixels = not rae.spec.timm  # decoding them is encoding backwards, exactly
     if pixels:
         args.epochs = args.lpips_weight = args.gan_weight = 0
 

@@ -503,9 +503,7 @@ def main():
     if args.describe:
         with torch.device("meta"):
             model = DiT(**config, num_classes=10 if rae.name.startswith("tiny") else 1000)
-        if rank == 0:
-            describe(f"DiT {model.config}", model, *one_image, base)
-        return
+        return describe(f"DiT {model.config}", model, *one_image, base)
     unconditional = args.label_dropout == 1  # no label is ever seen
     alpha = 1 if args.no_shift else shift_alpha(rae.num_tokens, rae.token_dim, args.shift_base)
 

@@ -189,6 +189,7 @@ from train_decoder import any_rank
 
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 join = dist.init_process_group
+os.nice(10)                                                                   # the busy ones go first
 store = dist.TCPStore("localhost", int(os.environ["MASTER_PORT"]), world, False, timedelta(minutes=5))
 
 def run(number):
@@ -215,7 +216,7 @@ time.sleep(1)                                                                 # 
 
 
 def ends(folder, number):
-    """Two ranks begin a group, train, and end it, so many times, beside two processes that take their cores."""
+    """Two ranks begin a group, train, and end it, so many times, beside processes that are served first."""
     (folder / "ends.py").write_text(ENDS)
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
     try:
