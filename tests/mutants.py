@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 AT_ONCE = 2                                                                   # mutants
-LIMIT = 400                                                                   # seconds; a hang is noticed, too
+LIMIT = 400  # seconds; a hang is noticed, too
 LEFT_OUT = (".git", "out", "data", "__pycache__", ".pytest_cache", "venv", ".venv")
 
 RAE = "tests/test_rae.py"
@@ -380,7 +380,7 @@ MUTANTS = [
     ("sample.py", "int(mix(seed, 1, block))", "int(mix(0, 1, block))", SAMPLE),
     ("sample.py",
      "return rae.tokens(images.float() / 255).mean(1)",
-     "return rae.tokens(images.float()).mean(1)", SAMPLE),
+     "return rae.tokens(images.float()).mean(1)", SCRIPTS + " -k probe"),
     ("sample.py", '{None: 1.0, "self": 1.78}.get(guide, 1.42)', "{None: 1.0}.get(guide, 1.42)", SAMPLE),
     ("sample.py", "scale = model.scale", "pass", SAMPLE),
     ("sample.py", "keys = mix(args.seed, 0, indices)", "keys = mix(0, 0, indices)", SAMPLE),
@@ -472,7 +472,7 @@ MUTANTS = [
      "if rank == 0:", FAULTS + "::test_a_stop_during_an_evaluation_saves_the_next_step"),
     ("train_decoder.py",
      "    dist.all_reduce(flag, dist.ReduceOp.MAX)\n",
-     "", FAULTS + " -k 'stop_signal and 15-2'"),
+     "", DECODER + " -k asked_of_one_rank"),
     ("train_decoder.py",
      "fcntl.LOCK_EX | fcntl.LOCK_NB",
      "fcntl.LOCK_SH | fcntl.LOCK_NB", FAULTS + "::test_a_second_trainer_of_the_same_run_is_refused"),
@@ -546,8 +546,8 @@ class Copies:
 
 def run_pytest(copy, tests, said):
     """The body of a process: pytest on the copy, all that it prints into the file `said`."""
-    multiprocessing.set_start_method(None, force=True)                        # loaders as they are everywhere else
-    os.setsid()                                                               # so that it can be killed as a whole
+    multiprocessing.set_start_method(None, force=True)  # loaders as they are everywhere else
+    os.setsid()  # so that it can be killed as a whole
     output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)

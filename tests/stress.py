@@ -73,8 +73,8 @@ def equivalence(photos, folder):
         cwd = folder / f"ranks{ranks}"
         cwd.mkdir()
         train(cwd, photos, "--steps", 6, ranks=ranks)
-        launch("train_dit.py", *DIT, "--data", photos, "--steps", 6, "--rae", folder / "ranks1/out/tiny/rae.pt",
-               "--run", cwd, cwd=cwd, ranks=ranks)
+        launch("train_dit.py", *DIT, "--data", photos, "--steps", 6, "--run", cwd,
+               "--rae", folder / "ranks1/out/tiny/rae.pt", cwd=cwd, ranks=ranks)
         runs[ranks] = {1: (load(cwd / "out/tiny/rae.pt")["model"], losses(cwd / "out/tiny", 1)),
                        2: (load(cwd / "dit.pt")["model"], losses(cwd, 2))}
         heads = [load(cwd / f"rank{rank}.pt")["disc"] for rank in range(ranks)]
@@ -137,7 +137,8 @@ def kills(photos, folder, number):
     check(not list(run.glob("*.tmp")), "a temporary file is left")
     logged = [json.loads(line)["step"] for line in open(run / "log.jsonl")]
     evaluations = len(logged) - steps
-    check(logged == list(range(1, steps + 1)) + [steps] * evaluations, "a step is missing in the log, or twice")
+    check(logged == list(range(1, steps + 1)) + [steps] * evaluations,
+          "a step is missing in the log, or twice")
     apart = furthest(load(run / "rae.pt")["model"], load(folder / "spared/rae.pt")["model"])
     check(apart == 0, f"weights differ by {apart} from those of a run without kills")
     yield f"after {steps} steps the weights are bitwise those of a run without kills"
@@ -245,8 +246,11 @@ def main():
         for i, image in enumerate(images):
             (photos / f"class{i % 4}").mkdir(parents=True, exist_ok=True)
             to_pil_image(image).save(photos / f"class{i % 4}/{i}.png")
-        parts = dict(equivalence=(3, equivalence(photos, folder)), kills=(args.kills + 1, kills(photos, folder, args.kills)),
-                     nodes=(4, two_nodes(photos, folder)), ends=(1, ends(folder, args.ends)))
+        parts = {                                                             # (sentences, what says them)
+            "equivalence": (3, equivalence(photos, folder)),
+            "kills": (args.kills + 1, kills(photos, folder, args.kills)),
+            "nodes": (4, two_nodes(photos, folder)),
+            "ends": (1, ends(folder, args.ends))}
         chosen = {name: part for name, part in parts.items() if not args.only or name in args.only}
         with tqdm(total=sum(count for count, _ in chosen.values())) as bar:
             for name, (_, part) in chosen.items():

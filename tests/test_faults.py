@@ -10,7 +10,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import DECODER, DIT, ENVIRONMENT, children, command_line, inside, launch, load, losses, signal_all
+from conftest import (DECODER, DIT, ENVIRONMENT, children, command_line, inside, launch, load, losses,
+                      signal_all)
 
 import train_dit
 from rae import Folder, UserError, save_checkpoint
@@ -104,7 +105,7 @@ def test_a_stop_during_an_evaluation_saves_the_next_step(tmp_path, photos):
     run = tmp_path / "out/tiny"
     with running(*LONG, "--data", "data", "--workers", 2, cwd=tmp_path,
                  until=lambda: saved_step(run / "rae.pt") == EVERY) as process:
-        time.sleep(0.1)                                                       # the save came first: now it evaluates
+        time.sleep(0.1)  # the save came first: now it evaluates
         signal_all(process.pid, signal.SIGTERM)
         assert process.wait(timeout=60) == 0, process.text()
         text = process.text()
@@ -122,7 +123,8 @@ def test_one_dead_rank_ends_the_others_with_a_message_and_the_run_goes_on(tmp_pa
         assert "FAILED" in process.text() and "SIGKILL" in process.text()
     saved = saved_step(tmp_path / "out/tiny/rae.pt")
     assert saved >= len(losses(tmp_path / "out/tiny", 1)) - EVERY
-    assert f"steps {saved} to {saved + 1}" in inside(*LONG, "--data", photos, "--steps", saved + 1, cwd=tmp_path)
+    text = inside(*LONG, "--data", photos, "--steps", saved + 1, cwd=tmp_path)
+    assert f"steps {saved} to {saved + 1}" in text
 
 
 def test_a_second_trainer_of_the_same_run_is_refused(tmp_path, photos):
@@ -132,7 +134,7 @@ def test_a_second_trainer_of_the_same_run_is_refused(tmp_path, photos):
                 inside(script, *flags, "--run", "out/tiny", "--data", photos, cwd=tmp_path)
     steps = logged_steps(tmp_path / "out/tiny")
     assert steps == list(range(1, len(steps) + 1))                            # no line of another's
-    inside(*LONG, "--data", photos, "--steps", steps[-1] + 1, cwd=tmp_path)   # a killed one leaves no lock behind
+    inside(*LONG, "--data", photos, "--steps", steps[-1] + 1, cwd=tmp_path)  # a killed one leaves no lock behind
 
 
 # No room
@@ -145,19 +147,20 @@ def test_a_full_disk_ends_the_run_at_its_last_checkpoint_from_which_it_goes_on(t
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     text = launch(*steps, "--run", tmp_path / "full", cwd=tmp_path, expect=1, preexec_fn=limit)
     assert "full/rae.pt could not be written" in text and "make room" in text and "Traceback" not in text
-    assert "step 7 " not in text                                              # the first save that fails is the end
+    assert "step 7 " not in text  # the first save that fails is the end
     assert load(tmp_path / "full/rae.pt")["step"] == 4 and not list((tmp_path / "full").glob("*.tmp"))
-    for name in ("full", "roomy"):                                            # room again: the same command goes on
+    for name in ("full", "roomy"):  # room again: the same command goes on
         inside(*steps, "--run", tmp_path / name, cwd=tmp_path)
     one, other = load(tmp_path / "roomy/rae.pt"), load(tmp_path / "full/rae.pt")
     assert one["step"] == other["step"] == 8
     assert all(torch.equal(value, other["model"][key]) for key, value in one["model"].items())
-    assert losses(tmp_path / "full", 1) == losses(tmp_path / "roomy", 1) and len(losses(tmp_path / "full", 1)) == 8
+    assert losses(tmp_path / "full", 1) == losses(tmp_path / "roomy", 1)
+    assert len(losses(tmp_path / "full", 1)) == 8
 
 
 def test_a_place_that_cannot_be_written_is_named_in_a_sentence(tmp_path):
     (tmp_path / "file").write_text("")
-    nowhere = tmp_path / "file" / "run"                                       # root may write anywhere but below a file
+    nowhere = tmp_path / "file" / "run"  # root may write anywhere but below a file
     for write in (lambda: save_checkpoint(nowhere / "x.pt", step=1),
                   lambda: log(nowhere, step=1),
                   lambda: save_picture(torch.rand(4, 3, 8, 8), nowhere / "x.png", nrow=2)):
@@ -174,17 +177,22 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted_and_a_run_of_th
     def poison(*calls):
         """From now on, the loss of these calls is not a number."""
         count = iter(range(1, 1000))
-        monkeypatch.setattr(train_dit, "flow_matching_loss",
-                            lambda *args, **kwargs: real(*args, **kwargs) * (float("nan") if next(count) in calls else 1))
-    common = ("train_dit.py", *DIT, "--data", photos, "--rae", trained / "out/tiny/rae.pt", "--save-every", 3, "--epochs", 20)
+
+        def poisoned(*args, **options):
+            return real(*args, **options) * (float("nan") if next(count) in calls else 1)
+        monkeypatch.setattr(train_dit, "flow_matching_loss", poisoned)
+    common = ("train_dit.py", *DIT, "--data", photos, "--rae", trained / "out/tiny/rae.pt",
+              "--save-every", 3, "--epochs", 20)
     poison(3, 4)
     text = inside(*common, "--run", tmp_path / "a", "--steps", 6, cwd=tmp_path)
     assert text.count("skipped 1") == 2 and text.count("skipped 0") == 4
     saved = load(tmp_path / "a/dit.pt")
-    assert all(x.isfinite().all() for part in ("model", "ema") for x in saved[part].values()) and saved["step"] == 6
+    assert all(x.isfinite().all() for part in ("model", "ema") for x in saved[part].values())
+    assert saved["step"] == 6
     assert saved["optimizer"]["state"][0]["step"] == 4                        # of 6
     poison(*range(5, 99))
-    with pytest.raises(UserError, match="step 14: the last 10 had non-finite gradients .* in .*/b is the last good state"):
+    sentence = "step 14: the last 10 had non-finite gradients .* in .*/b is the last good state"
+    with pytest.raises(UserError, match=sentence):
         inside(*common, "--run", tmp_path / "b", "--steps", 50, cwd=tmp_path)
     assert all(x.isfinite().all() for x in load(tmp_path / "b/dit.pt")["model"].values())
 

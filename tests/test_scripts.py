@@ -16,6 +16,7 @@ from PIL import Image
 
 import rae
 from rae import UserError
+from sample import fit_to
 
 
 def close(a, b, rtol=1e-4, atol=2e-4):
@@ -34,7 +35,8 @@ def test_ranks_and_accumulation_change_nothing_in_stage_1(trained, tmp_path, pho
     else:
         launch("train_decoder.py", *flags, cwd=tmp_path, ranks=ranks)
     one, many = load(trained / "out/tiny/rae.pt"), load(tmp_path / "out/tiny/rae.pt")
-    torch.testing.assert_close(losses(tmp_path / "out/tiny", 1), losses(trained / "out/tiny", 1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(losses(tmp_path / "out/tiny", 1), losses(trained / "out/tiny", 1),
+                               rtol=1e-4, atol=1e-5)
     close(one["model"], many["model"]), close(one["ema"], many["ema"])
     torch.testing.assert_close(one["mean"], many["mean"], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(one["var"], many["var"], rtol=1e-5, atol=1e-6)
@@ -54,8 +56,8 @@ def test_ranks_and_accumulation_change_nothing_in_stage_2(trained, tmp_path, pho
 
 
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(trained, tmp_path, photos):
-    launch("train_decoder.py", *DECODER, "--data", photos, "--steps", 1, cwd=tmp_path)        # a process of its own
-    for steps in (4, 4):                                                      # 40 / 12: stopped in the middle of an epoch
+    launch("train_decoder.py", *DECODER, "--data", photos, "--steps", 1, cwd=tmp_path)  # a process of its own
+    for steps in (4, 4):  # 40 / 12: stopped in the middle of an epoch
         inside("train_decoder.py", *DECODER, "--data", photos, "--steps", steps, cwd=tmp_path)
     for steps in (4, 6):
         text = inside("train_dit.py", *DIT, "--data", photos, "--steps", steps, cwd=tmp_path)
@@ -98,7 +100,8 @@ def test_samples_do_not_depend_on_ranks_or_batch(trained, tmp_path):
 
 
 def test_two_commands_that_draw_into_one_file_at_once_both_work(trained, tmp_path):
-    command = command_line("sample.py", "--run", trained / "out/tiny", "--out", "s.png", "--steps", 4, "--num", 8)
+    command = command_line("sample.py", "--run", trained / "out/tiny", "--out", "s.png",
+                           "--steps", 4, "--num", 8)
     both = [subprocess.Popen(command, cwd=tmp_path, env=os.environ | ENVIRONMENT, text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
     for process in both:
@@ -108,21 +111,35 @@ def test_two_commands_that_draw_into_one_file_at_once_both_work(trained, tmp_pat
     assert Image.open(tmp_path / "s.png").width > 4 * 32                      # four columns
 
 
+def test_the_probe_of_best_of_is_fitted_to_images_as_the_encoder_wants_them(photos):
+    encoder = rae.RAE("tiny", "tiny", 32).load_encoder()
+    tokens, brightest = encoder.tokens, []
+
+    def spied(images):
+        brightest.append(images.max().item())
+        return tokens(images)
+    encoder.tokens = spied
+    with as_it_was():
+        fit_to(encoder, str(photos), [0], torch.device("cpu"))
+    assert 0.5 < max(brightest) <= 1
+
+
 # What one stage leaves to the next
 
 def test_stage_2_trains_on_the_data_of_its_autoencoder_and_judges_on_its_held_out_images(tmp_path, photos):
     shutil.copytree(photos, tmp_path / "data/train")
-    for label in range(4):                                                    # of each class three are held out
+    for label in range(4):  # of each class three are held out
         (tmp_path / f"data/val/class{label}").mkdir(parents=True)
         for i in range(3):
             name = f"class{label}/{label + 4 * i}.png"
             (tmp_path / "data/train" / name).rename(tmp_path / "data/val" / name)
     inside("train_decoder.py", *DECODER, "--data", "data", "--steps", 2, cwd=tmp_path)
     text = inside("train_dit.py", *DIT, "--steps", 1, "--eval-every", 1, cwd=tmp_path)
-    assert "data: 28 images" in text and load(tmp_path / "out/tiny/dit.pt")["classes"] == [f"class{i}" for i in range(4)]
+    assert "data: 28 images" in text
+    assert load(tmp_path / "out/tiny/dit.pt")["classes"] == [f"class{i}" for i in range(4)]
     log = [json.loads(line) for line in (tmp_path / "out/tiny/log.jsonl").read_text().splitlines()]
     assert [line["n"] for line in log if line["stage"] == 2 and "fd" in line] == [12]
-    (tmp_path / "elsewhere").mkdir()                                          # a relative --data is found from there, too
+    (tmp_path / "elsewhere").mkdir()  # a relative --data is found from there, too
     text = inside("train_dit.py", *DIT, "--rae", tmp_path / "out/tiny", "--run", "run", "--steps", 1,
                   cwd=tmp_path / "elsewhere")
     assert "data: 28 images" in text
@@ -130,8 +147,9 @@ def test_stage_2_trains_on_the_data_of_its_autoencoder_and_judges_on_its_held_ou
     (tmp_path / "data").rename(tmp_path / "gone")
     with pytest.raises(UserError, match="data.*is not there.*--data"):
         inside("train_dit.py", *DIT, "--run", "other", "--rae", "out/tiny", "--steps", 1, cwd=tmp_path)
-    assert "gone: 28 images" in inside("train_dit.py", *DIT, "--run", "other", "--rae", "out/tiny", "--steps", 1,
-                                       "--data", "gone", cwd=tmp_path)
+    text = inside("train_dit.py", *DIT, "--run", "other", "--rae", "out/tiny", "--steps", 1,
+                  "--data", "gone", cwd=tmp_path)
+    assert "gone: 28 images" in text
 
 
 def test_the_next_command_names_the_run(tmp_path, photos):
@@ -150,7 +168,8 @@ def test_the_next_command_names_the_run(tmp_path, photos):
 def test_what_is_odd_but_allowed_gets_a_warning(tmp_path, photos):
     flags = (*DECODER, "--data", photos, "--steps", 1)
     text = inside("train_decoder.py", *flags, "--batch", 48, "--warmup", 9, "--run", "a", cwd=tmp_path)
-    assert re.search("WARNING: --batch 48 .*40 images", text) and re.search("WARNING: --warmup 9.0 .*--epochs 4.0", text)
+    assert re.search("WARNING: --batch 48 .*40 images", text)
+    assert re.search("WARNING: --warmup 9.0 .*--epochs 4.0", text)
     text = inside("train_decoder.py", *flags, "--run", "b", "--epochs", 0.2, "--steps", 50, cwd=tmp_path)
     assert re.search("--steps 50 is beyond the schedule, which ends at step 1:", text)
     assert "WARNING" not in inside("train_decoder.py", *flags, "--run", "c", cwd=tmp_path)
@@ -169,8 +188,8 @@ CASES = {  # name: (command, the sentence); words in capitals are places that `b
     "a run without one": ("train_dit.py --run nothing", "nothing holds no rae.pt.*--rae"),
     "sampling without one": ("sample.py --run nothing", "dit.pt: no such file"),
     "other settings": ("train_dit.py --run OTHER DIT --data PHOTOS --head 0", "head was 96, is 0"),
-    "heads that do not divide": ("train_dit.py --rae OTHER --run new --width 100 --depth 1 --heads 3 --data PHOTOS",
-                                 "100 .*3 heads"),
+    "heads that do not divide": ("train_dit.py --rae OTHER --run new --width 100 --depth 1 --heads 3"
+                                 " --data PHOTOS", "100 .*3 heads"),
     "a batch that does not": ("train_dit.py --run OTHER --batch 9 --accum 2 --data PHOTOS", "--batch 9"),
     "no steps": ("sample.py --steps 0", "--steps.*at least 1"),
     "an unknown class": ("sample.py --run OTHER --classes dodo", "unknown class dodo.*class0"),
@@ -179,11 +198,14 @@ CASES = {  # name: (command, the sentence); words in capitals are places that `b
                                    ".pt of nyu-visionx/RAE-collections .*--from DIR"),
 
     # places
-    "a run that is a file": ("train_decoder.py DECODER --data PHOTOS --run notes.pt", "notes.pt could not be written"),
+    "a run that is a file": ("train_decoder.py DECODER --data PHOTOS --run notes.pt",
+                             "notes.pt could not be written"),
     "a run below a file": ("train_dit.py DIT --data PHOTOS --rae OTHER --run notes.pt/run",
                            "notes.pt/run could not be written"),
-    "a dit.pt for stage 1": ("train_decoder.py DECODER --data PHOTOS --init OTHER/dit.pt", "dit.pt is no rae.pt"),
-    "a rae.pt for stage 2": ("train_dit.py DIT --data PHOTOS --rae OTHER --init OTHER/rae.pt", "rae.pt is no dit.pt"),
+    "a dit.pt for stage 1": ("train_decoder.py DECODER --data PHOTOS --init OTHER/dit.pt",
+                             "dit.pt is no rae.pt"),
+    "a rae.pt for stage 2": ("train_dit.py DIT --data PHOTOS --rae OTHER --init OTHER/rae.pt",
+                             "rae.pt is no dit.pt"),
     "a rae.pt to sample": ("sample.py --run OTHER/rae.pt", "rae.pt is no dit.pt"),
     "a dit.pt to reconstruct": ("rae.py PHOTO --run OTHER/dit.pt", "dit.pt is no rae.pt"),
     "a grid without extension": ("sample.py --run OTHER --out grid", "--out grid.*png"),
@@ -218,6 +240,12 @@ def bad(command, trained, tmp_path, photos):
     return words
 
 
+def files_in(folder):
+    """Its files, but for locks, and when they were written."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {path: path.stat().st_mtime_ns for path in files}
+
+
 def said_by(script, flags, monkeypatch, capsys):
     """The one sentence with which a script's main ends."""
     monkeypatch.setattr("sys.argv", [script, *map(str, flags)])
@@ -235,23 +263,22 @@ def test_bad_input_gets_one_sentence_before_any_work(name, trained, tmp_path, ph
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     script, *flags = bad(command, trained, tmp_path, photos)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*") if path.is_file()}
+    before = files_in(tmp_path)
     text = said_by(script, flags, monkeypatch, capsys)
     assert re.search(sentence, text), text
-    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*") if path.name != ".lock" and path.is_file()}
-    assert after == before                                                    # nothing is left behind
+    assert files_in(tmp_path) == before                                       # nothing is left behind
 
 
-BOTH = """lr: nan inf -1 0; warmup: nan inf -1; ema: nan 2 -1; epochs: nan inf -1; batch: 0 1.5; accum: 0; steps: 0 -3;
-          save-every: 0; log-every: 0; seed: -1 1e3 100000000000000000000000; workers: -1"""
+BOTH = """lr: nan inf -1 0; warmup: nan inf -1; ema: nan 2 -1; epochs: nan inf -1; batch: 0 1.5; accum: 0;
+          steps: 0 -3; save-every: 0; log-every: 0; seed: -1 1e3 100000000000000000000000; workers: -1"""
 NUMBERS = {
-    "train_decoder.py": BOTH + """; tau: nan inf -1; lpips-weight: nan -1; gan-weight: inf -1; disc-start: nan -1;
-          gan-start: nan -1; image-size: 0; upsample: 0""",
-    "train_dit.py": BOTH + """; width: 0 -96; depth: 0 -1; heads: 0; head: -1; head-depth: 0 -1; head-heads: 0;
-          base-head: -1; shift-base: 0 -5 nan inf; label-dropout: 2 -1 nan; clip: nan inf -1; decay-start: nan -1;
-          decay-end: nan -1; eval-every: -1""",
-    "sample.py": """scale: nan inf -1; interval: 0.9|0.1 nan|1 0|nan -0.1|1 0|2; steps: 0; num: 0; batch: 0; best-of: 0;
-          seed: -1 100000000000000000000000""",
+    "train_decoder.py": BOTH + """; tau: nan inf -1; lpips-weight: nan -1; gan-weight: inf -1;
+          disc-start: nan -1; gan-start: nan -1; image-size: 0; upsample: 0""",
+    "train_dit.py": BOTH + """; width: 0 -96; depth: 0 -1; heads: 0; head: -1; head-depth: 0 -1;
+          head-heads: 0; base-head: -1; shift-base: 0 -5 nan inf; label-dropout: 2 -1 nan; clip: nan inf -1;
+          decay-start: nan -1; decay-end: nan -1; eval-every: -1""",
+    "sample.py": """scale: nan inf -1; interval: 0.9|0.1 nan|1 0|nan -0.1|1 0|2; steps: 0; num: 0; batch: 0;
+          best-of: 0; seed: -1 100000000000000000000000""",
     "fid.py": "num: 0 -1; batch: 0",
 }
 OUT_OF_RANGE = [(script, entry.split(":")[0].strip(), number) for script, entries in NUMBERS.items()
@@ -259,7 +286,8 @@ OUT_OF_RANGE = [(script, entry.split(":")[0].strip(), number) for script, entrie
 
 
 @pytest.mark.parametrize("script, flag, number", OUT_OF_RANGE)
-def test_a_number_out_of_range_gets_one_sentence_that_names_its_flag(script, flag, number, tmp_path, monkeypatch, capsys):
+def test_a_number_out_of_range_gets_one_sentence_that_names_its_flag(script, flag, number, tmp_path,
+                                                                     monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     needed = {"fid.py": ["a.npz", "b.npz"]}.get(script, [])
     text = said_by(script, [*needed, f"--{flag}", *number.split("|")], monkeypatch, capsys)
@@ -303,7 +331,7 @@ def test_ranks_that_find_different_checkpoints_say_so(trained, tmp_path, photos)
 def test_the_process_group_waits_for_long_saves_and_knows_its_device(monkeypatch):
     asked = []
     monkeypatch.setattr(rae.dist, "is_initialized", lambda: False)
-    monkeypatch.setattr(rae.dist, "init_process_group", lambda *args, **options: asked.append((args, options)))
+    monkeypatch.setattr(rae.dist, "init_process_group", lambda *given, **options: asked.append((given, options)))
     monkeypatch.setattr(rae.atexit, "register", lambda function: asked.append(function))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)

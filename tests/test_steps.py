@@ -564,6 +564,11 @@ def test_an_accumulated_step_is_clipped_once_to_the_norm_given(stage_1, autoenco
     check_diffusion_step(clipped, autoencoder, 0, clip=0.5)
 
 
+def test_an_accumulated_step_has_the_mean_of_its_micro_batches_gradients(stage_1, autoencoder, pictures, tmp_path):
+    whole = run_stage_2(tmp_path, pictures, stage_1.folder, "--clip", 0, "--accum", 2, "--steps", 1)
+    check_diffusion_step(whole, autoencoder, 0, clip=None)                    # clipping would hide their sum
+
+
 def test_a_step_of_x_prediction_with_a_base_head_is_that_of_raev2(stage_1, autoencoder, pictures, tmp_path):
     own = run_stage_2(tmp_path, pictures, stage_1.folder, "--predict", "x", "--base-head", 1, "--no-shift",
                       "--time", "uniform", "--steps", 1, predict="x", base_head=1)

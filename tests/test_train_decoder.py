@@ -327,6 +327,14 @@ def test_an_adversarial_run_resumes_bitwise(adversarial, tmp_path, photos):
     assert losses(run, 1) == losses(adversarial / "out/tiny", 1)
 
 
+def test_a_stop_asked_of_one_rank_stops_all(tmp_path):
+    (tmp_path / "stop.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+                                      "import torch, rae, train_decoder\n"
+                                      "_, rank, _ = rae.start()\n"
+                                      "print('stop:', train_decoder.any_rank(torch.tensor(float(rank))))\n")
+    assert launch(tmp_path / "stop.py", cwd=tmp_path, ranks=2).count("stop: True") == 2
+
+
 def test_a_compiled_decoder_trains_adversarially_to_the_same_losses(adversarial, tmp_path, photos):
     run = train(tmp_path, photos, "--steps", 4, "--compile")
     torch.testing.assert_close(losses(run, 1), losses(adversarial / "out/tiny", 1)[:4], rtol=1e-4, atol=1e-5)
