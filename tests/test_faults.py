@@ -134,7 +134,7 @@ def test_a_second_trainer_of_the_same_run_is_refused(tmp_path, photos):
                 inside(script, *flags, "--run", "out/tiny", "--data", photos, cwd=tmp_path)
     steps = logged_steps(tmp_path / "out/tiny")
     assert steps == list(range(1, len(steps) + 1))                            # no line of another's
-    inside(*LONG, "--data", photos, "--steps", steps[-1] + 1, cwd=tmp_path)  # a killed one leaves no lock behind
+    inside(*LONG, "--data", photos, "--steps", steps[-1] + 1, cwd=tmp_path)   # a killed one leaves no lock
 
 
 # No room

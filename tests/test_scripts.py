@@ -331,7 +331,8 @@ def test_ranks_that_find_different_checkpoints_say_so(trained, tmp_path, photos)
 def test_the_process_group_waits_for_long_saves_and_knows_its_device(monkeypatch):
     asked = []
     monkeypatch.setattr(rae.dist, "is_initialized", lambda: False)
-    monkeypatch.setattr(rae.dist, "init_process_group", lambda *given, **options: asked.append((given, options)))
+    join = lambda *given, **options: asked.append((given, options))
+    monkeypatch.setattr(rae.dist, "init_process_group", join)
     monkeypatch.setattr(rae.atexit, "register", lambda function: asked.append(function))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
