@@ -485,7 +485,7 @@ MUTANTS = [
      "    optimizer.found_inf = torch.zeros(())\n", FAULTS + " -k finite_gradient"),
     ("train_decoder.py",
      "self.in_a_row = (self.in_a_row + 1) * flag",
-     "self.in_a_row = self.in_a_row + flag", FAULTS),
+     "self.in_a_row = self.in_a_row + flag", DECODER + " -k in_a_row"),
     ("train_decoder.py",
      "if len({*steps}) > 1:",
      "if False:", SCRIPTS + "::test_ranks_that_find_different_checkpoints_say_so"),

@@ -9,8 +9,8 @@ from conftest import DECODER, ROOT, launch, losses
 import fid
 from assets.shapes import Shapes
 from rae import RAE, mix, normals, spread
-from train_decoder import (Discriminator, DiscriminatorHead, adaptive_weight, augment, evaluate, generator_loss, hinge_loss,
-                           noise_augment)
+from train_decoder import (Discriminator, DiscriminatorHead, Meter, adaptive_weight, augment, evaluate,
+                           generator_loss, hinge_loss, noise_augment)
 
 
 @pytest.mark.parametrize("kind, mean, square", [("halfnormal", math.sqrt(2 / math.pi), 1), ("uniform", 1 / 2, 1 / 3)])
@@ -325,6 +325,13 @@ def test_an_adversarial_run_resumes_bitwise(adversarial, tmp_path, photos):
         for key, value in one[part].items():
             assert torch.equal(value, two[part][key]), f"{part} {key}"
     assert losses(run, 1) == losses(adversarial / "out/tiny", 1)
+
+
+def test_skipped_steps_in_a_row_are_counted_from_the_last_good_one():
+    meter = Meter("run", 1, 0, 9, 4, 1.0, torch.device("cpu"))
+    for skipped in (1.0, 1.0, 0.0, 1.0):
+        meter.skipped(torch.tensor(skipped))
+    assert meter.in_a_row == 1 and meter.sums["skipped"] == 3
 
 
 def test_a_stop_asked_of_one_rank_stops_all(tmp_path):
