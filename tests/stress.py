@@ -77,8 +77,9 @@ def equivalence(photos, folder):
                "--rae", folder / "ranks1/out/tiny/rae.pt", cwd=cwd, ranks=ranks)
         runs[ranks] = {1: (load(cwd / "out/tiny/rae.pt")["model"], losses(cwd / "out/tiny", 1)),
                        2: (load(cwd / "dit.pt")["model"], losses(cwd, 2))}
-        heads = [load(cwd / f"rank{rank}.pt")["disc"] for rank in range(ranks)]
-        check(all(furthest(heads[0], other) == 0 for other in heads), "discriminators differ between ranks")
+        trained = [load(cwd / f"rank{rank}.pt")["trained"] for rank in range(ranks)]   # decoder, discriminator
+        check(all(furthest(one, other) == 0 for both in trained for one, other in zip(trained[0], both)),
+              "weights differ between ranks")
         for stage in (1, 2):
             model, seen = runs[ranks][stage]
             first_model, first_seen = runs[1][stage]
