@@ -179,7 +179,7 @@ def two_nodes(photos, folder):
 
 # Two hundred ends of a run of two ranks. A thread of gloo may still hold the last all-reduce when the process
 # group ends, and wait for the interpreter to free its tensor: who waits for the thread with the interpreter
-# locked waits for ever, on torch 2.6 within fifty ends if nothing were done about it.
+# locked waits for ever. Not proven to notice: without rae.leave's last lines 150 ends passed on torch 2.6.
 
 ENDS = f"""
 import atexit, gc, os, sys, time
