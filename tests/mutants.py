@@ -1,6 +1,6 @@
 """Do the tests notice? One-line mistakes, put into a copy of the code one at a time. Not run by pytest.
 
-    python tests/mutants.py                  # all of them, two at a time: MINUTES minutes on two cores
+    python tests/mutants.py                  # all of them, two at a time
     python tests/mutants.py --only ema       # those whose file, texts or tests contain `ema`
 
 Every row is (file, old text, new text, tests that must notice): a mistake that a maintainer could make and
