@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
@@ -67,6 +68,24 @@ def signal_all(pid, number):
     return reached
 
 
+def state(pid):
+    """A process's state as `ps` has it ("S", "R", "Z", ...), empty when there is none."""
+    return subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+
+
+def abort_all(pid):
+    """Abort a process and everything that it started, one after the other, so that each prints its stacks
+    undisturbed. Which they were."""
+    stopped = signal_all(pid, signal.SIGSTOP)
+    for each in stopped:
+        os.kill(each, signal.SIGABRT)
+        os.kill(each, signal.SIGCONT)
+        deadline = time.monotonic() + 5
+        while state(each)[:1] not in ("", "Z") and time.monotonic() < deadline:
+            time.sleep(0.05)
+    return stopped
+
+
 def launch(script, *args, cwd, ranks=1, expect=0, limit=240, **options):
     """Run a script as its user does, alone or under torchrun; its output. One that takes longer than
     `limit` seconds fails the test with the stacks of all its processes."""
@@ -76,7 +95,7 @@ def launch(script, *args, cwd, ranks=1, expect=0, limit=240, **options):
     try:
         text, _ = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
-        started = signal_all(process.pid, signal.SIGABRT)
+        started = abort_all(process.pid)
         try:
             text, _ = process.communicate(timeout=20)
         except subprocess.TimeoutExpired:

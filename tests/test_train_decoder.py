@@ -338,7 +338,8 @@ def test_a_stop_asked_of_one_rank_stops_all(tmp_path):
     (tmp_path / "stop.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
                                       "import torch, rae, train_decoder\n"
                                       "_, rank, _ = rae.start()\n"
-                                      "print('stop:', train_decoder.any_rank(torch.tensor(float(rank))))\n")
+                                      "stop = train_decoder.any_rank(torch.tensor(float(rank)))\n"
+                                      "print(f'stop: {stop}\\n', end='')\n")     # in one piece
     assert launch(tmp_path / "stop.py", cwd=tmp_path, ranks=2).count("stop: True") == 2
 
 
