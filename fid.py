@@ -41,6 +41,7 @@ from tqdm import tqdm
 from rae import (BROKEN, ENCODERS, RAE, Folder, UserError, at_least, good, in_fp32, load_rae, load_strict,
                  open_data, open_val, quiet_worker, read_image, read_weights, start, worker_count, writing)
 
+# Published weights, under the names that their makers gave them
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
 VGG = "https://download.pytorch.org/models/vgg16-397923af.pth"
@@ -79,18 +80,22 @@ class Inception(nn.Module):
     """
     def __init__(self, weights=None):
         super().__init__()
+
+        # The network, and the weights of 2015
         self.net = net = Inception3(num_classes=1008, aux_logits=False, init_weights=False)
         if weights is None:
             weights = download(URL, "--inception-weights PATH, or judge by --features tiny")
         if weights != "random":
             state = weights if isinstance(weights, dict) else read_weights(weights)
+            # Counters of training, which that file does not have and inference does not read
             unused = {k: v for k, v in net.state_dict().items() if k.endswith("num_batches_tracked")}
             load_strict(net, unused | state, "--inception-weights")
 
         # torchvision's network pools otherwise than the one trained in 2015, which no weight can tell:
         # there, the average pools of blocks A, C and the first E leave the padding out of the mean ...
         for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
-            net.get_submodule(f"Mixed_{name}").branch_pool.register_forward_pre_hook(self.without_padding)
+            pooling = net.get_submodule(f"Mixed_{name}").branch_pool
+            pooling.register_forward_pre_hook(self.without_padding)
         net.Mixed_7c.register_forward_hook(self.max_pooled)  # ... and the last E pools by maximum
 
         # The Inception Score multiplies features with the last layer's matrix and leaves its bias out.
@@ -107,12 +112,14 @@ class Inception(nn.Module):
     @staticmethod
     def max_pooled(block, inputs, output):
         pooled = block.branch_pool(F.max_pool2d(inputs[0], 3, stride=1, padding=1))
-        return torch.cat([output[:, :-pooled.shape[1]], pooled], 1)  # this branch's channels are the last
+        others = output[:, :-pooled.shape[1]]  # this branch's channels are the last
+        return torch.cat([others, pooled], 1)
 
     def forward(self, images):
         if images.dtype != torch.uint8:
             raise UserError(f"Inception takes uint8 images, not {images.dtype}: round to 8 bits first")
-        features = self.net((resize_tf1(images.float()) - 128) / 128)  # (B, 2048)
+        x = (resize_tf1(images.float()) - 128) / 128  # 128 and not 127.5, as it was trained
+        features = self.net(x)                        # (B, 2048)
         return features, self.logits(features)
 
 
@@ -123,9 +130,10 @@ def moments(features):
     features = torch.as_tensor(features)
     if len(features) < 2:
         raise UserError(f"{len(features)} image given, and a covariance needs at least 2: generate more")
-    mu = sum(rows.double().sum(0) for rows in features.split(4096)) / len(features)
-    centred = (rows.double() - mu for rows in features.split(4096))  # first: squares would cancel
-    sigma = sum(rows.T @ rows for rows in centred) / (len(features) - 1)
+    blocks = features.split(4096)  # in float64 one at a time
+    mu = sum(rows.double().sum(0) for rows in blocks) / len(features)  # (D,)
+    centred = (rows.double() - mu for rows in blocks)  # first: squares would cancel
+    sigma = sum(rows.T @ rows for rows in centred) / (len(features) - 1)  # (D, D)
     return mu.cpu().numpy(), sigma.cpu().numpy()
 
 
@@ -134,10 +142,11 @@ def root(sigma, name="one side"):
 
     The pivoted Cholesky factorisation ends at the numerical rank: fewer samples than dimensions are fine.
     """
-    lower, pivots, rank, _ = lapack.dpstrf(sigma, lower=1)  # sigma[pivots][:, pivots] = L L^T ...
-    lower = np.tril(lower)[:, :rank]
+    # sigma[pivots][:, pivots] = L L^T ...
+    lower, pivots, rank, _ = lapack.dpstrf(sigma, lower=1)
+    lower = np.tril(lower)[:, :rank]  # (D, rank)
     factor = np.empty((len(lower), rank))
-    factor[pivots - 1] = lower
+    factor[pivots - 1] = lower  # rows back to their places, counted from 1
     rest = pivots[rank:] - 1
     left = sigma[np.ix_(rest, rest)] - lower[rank:] @ lower[rank:].T  # ... if nothing is left of S
     if np.abs(left).max(initial=0) <= 1e-10 * np.abs(sigma).max():
@@ -158,21 +167,24 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     L1^T L2, whose sum is Tr (S1 S2)^(1/2): no root of a matrix, nor of a rounding error below zero.
     """
     mu1, mu2, sigma1, sigma2 = (np.asarray(x, np.float64) for x in (mu1, mu2, sigma1, sigma2))
+    # max(0, nan) would be a perfect distance
     shapes = mu1.shape * 2, mu2.shape * 2, sigma1.shape, sigma2.shape
     if len({*shapes}) > 1 or not all(np.isfinite(x).all() for x in (mu1, mu2, sigma1, sigma2)):
         raise UserError(f"statistics must be finite and of one dimension, these are {shapes[2]}, {shapes[3]}:"
                         " make both with the same --features, from sound images")
-    L1, L2 = torch.from_numpy(root(sigma1)), torch.from_numpy(root(sigma2))
+    L1 = torch.from_numpy(root(sigma1))  # (D, rank)
+    L2 = torch.from_numpy(root(sigma2))
     trace = torch.linalg.svdvals(L1.T @ L2).sum().item()  # of (S1 S2)^(1/2)
-    return max(0.0, float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace))
+    distance = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace
+    return max(0.0, float(distance))  # of equal sides rounding may leave -1e-15
 
 
 def inception_score(logits, splits=10):
     """logits (N,1008) -> mean over consecutive splits of exp(mean KL(p(y|x) || p(y)))."""
     scores = []
     for part in torch.as_tensor(logits).tensor_split(min(splits, len(logits))):
-        log_p = part.double().log_softmax(1)
-        log_marginal = log_p.logsumexp(0) - np.log(len(log_p))
+        log_p = part.double().log_softmax(1)                    # log p(y|x), (n, 1008)
+        log_marginal = log_p.logsumexp(0) - np.log(len(log_p))  # log p(y), (1008,)
         divergence = (log_p.exp() * (log_p - log_marginal)).sum(1)  # of each image
         scores.append(divergence.mean().exp().item())  # at most the number of classes
     return float(np.mean(scores))
@@ -180,7 +192,9 @@ def inception_score(logits, splits=10):
 
 def squared_distances(a, b):
     """(M,D), (N,D) -> (M,N), >= 0."""
-    return torch.addmm(b.square().sum(1), a, b.T, alpha=-2).add_(a.square().sum(1)[:, None]).clamp_(min=0)
+    # |a|^2 - 2 a b + |b|^2: one matrix product, in place
+    d = torch.addmm(b.square().sum(1), a, b.T, alpha=-2)
+    return d.add_(a.square().sum(1)[:, None]).clamp_(min=0)
 
 
 def precision_recall(real, fake, k=3, block=2 ** 25):
@@ -194,6 +208,7 @@ def precision_recall(real, fake, k=3, block=2 ** 25):
     real = real - centre
     fake = fake - centre
 
+    # Around each image a ball: how far its own set is from it
     def squared_radii(x):
         radii = torch.empty(len(x), device=x.device)
         for rows in torch.arange(len(x), device=x.device).split(max(1, block // len(x))):
@@ -202,8 +217,10 @@ def precision_recall(real, fake, k=3, block=2 ** 25):
             radii[rows] = d.topk(k, largest=False).values[:, -1]
         return radii
 
-    radii_real = squared_radii(real)
-    radii_fake = squared_radii(fake)
+    radii_real = squared_radii(real)  # (M,)
+    radii_fake = squared_radii(fake)  # (N,)
+
+    # Which image of one set lies in a ball of the other
     precise = 0
     recalled = torch.zeros(len(real), dtype=torch.bool, device=real.device)
     for rows in torch.arange(len(fake), device=fake.device).split(max(1, block // len(real))):
@@ -219,6 +236,8 @@ def fit_probe(features, labels, decay=1e-4):
     mean = features.mean(0)
     std = features.std(0) + 1e-6  # L-BFGS wants one scale; a constant feature stays 0
     x = (features - mean) / std
+
+    # The loss is convex: there is one answer, and zero is as good a start as any
     head = nn.Linear(features.shape[1], int(labels.max()) + 1).to(features.device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
@@ -226,7 +245,7 @@ def fit_probe(features, labels, decay=1e-4):
 
     def loss():
         optimizer.zero_grad()
-        total = F.cross_entropy(head(x), labels) + decay / 2 * head.weight.square().sum()  # convex
+        total = F.cross_entropy(head(x), labels) + decay / 2 * head.weight.square().sum()
         total.backward()
         return total
 
@@ -259,13 +278,20 @@ def ssim(a, b):
     def blur(x):  # (B,3,H,W) -> (3B,1,H-10,W-10)
         return F.conv2d(F.conv2d(x.flatten(0, 1)[:, None], window), window.mT)
 
-    a, b = a.double(), b.double()
-    mean_a, mean_b = blur(a), blur(b)
-    var_a, var_b = blur(a * a) - mean_a ** 2, blur(b * b) - mean_b ** 2
-    cov = blur(a * b) - mean_a * mean_b  # each (3B, 1, H-10, W-10)
+    # Local means, variances and covariance, each (3B, 1, H-10, W-10)
+    a = a.double()
+    b = b.double()
+    mean_a = blur(a)
+    mean_b = blur(b)
+    var_a = blur(a * a) - mean_a ** 2
+    var_b = blur(b * b) - mean_b ** 2
+    cov = blur(a * b) - mean_a * mean_b
+
+    # Luminance, times contrast and structure
     c1, c2 = 0.01 ** 2, 0.03 ** 2  # against small denominators
     luminance = (2 * mean_a * mean_b + c1) / (mean_a ** 2 + mean_b ** 2 + c1)
-    return (luminance * (2 * cov + c2) / (var_a + var_b + c2)).view(len(a), -1).mean(1)
+    score = luminance * (2 * cov + c2) / (var_a + var_b + c2)
+    return score.view(len(a), -1).mean(1)  # of each image
 
 
 def load_lpips(device="cpu", vgg=None):
@@ -273,19 +299,21 @@ def load_lpips(device="cpu", vgg=None):
 
     vgg: None for torchvision's weights from their home, the path of that file, or "random".
     """
-    import lpips
+    import lpips  # here: it takes a second
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it calls torchvision the old way
         net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)  # its own linear layers come with it
     for linear in net.lins:
         linear.forward = in_fp32(linear.forward)  # they weigh small differences, too fine for bf16
+    # The five layers that weigh come with the package; the network beneath, VGG16, does not
     if vgg != "random":
         otherwise = "--lpips-vgg PATH (LPIPS), or train without LPIPS: --lpips-weight 0"
         state = read_weights(vgg) if vgg else download(VGG, otherwise)
         for part in range(1, 6):  # five slices of one numbered sequence
             layers = getattr(net.net, f"slice{part}")
             names = tuple(f"features.{name}." for name, _ in layers.named_children())
-            own = {key.removeprefix("features."): state[key] for key in state if key.startswith(names)}
+            own = {key: value for key, value in state.items() if key.startswith(names)}
+            own = {key.removeprefix("features."): value for key, value in own.items()}
             load_strict(layers, own, "VGG16 of LPIPS")
     return net.to(device).eval().requires_grad_(False)
 
@@ -295,6 +323,7 @@ def load_lpips(device="cpu", vgg=None):
 class Pictures(Folder):
     """A folder's image files, all of one size, taken as they are; the items of a Folder."""
     def __init__(self, path, files):
+        # A resized image would be another image: all must have one size
         try:
             sizes = {Image.open(file).size[::-1]: file.name for file in files}  # reads headers only
         except BROKEN as error:
@@ -336,12 +365,16 @@ def map_images(path):
         version = np.lib.format.read_magic(member)
         if info.compress_type != zipfile.ZIP_STORED or version != (1, 0):
             return np.load(path, allow_pickle=False)["arr_0"]
+
+        # What the array is, in numpy's header of it
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
         if dtype.hasobject:
             raise ValueError("it holds Python objects")  # of which a file has addresses
         header = member.tell()
         while dist.get_rank() == 0 and member.read(2 ** 24):
             pass  # to its end, where the checksum is compared, by one rank for all
+
+    # Where it begins: behind the archive's header of this member, whose length varies, and numpy's
     lengths = np.fromfile(path, "<u2", 2, offset=info.header_offset + 26)  # of the member's name and extras
     start = info.header_offset + 30 + int(lengths.sum()) + header
     return np.memmap(path, dtype, "r", start, shape, "F" if fortran else "C")
@@ -362,17 +395,25 @@ class Source(NamedTuple):
 def open_source(path, size=None):
     """The Source of that name. size [h, w]: of its partner's images, to which class folders are cropped."""
     wanted = "give an .npz with arr_0 (uint8 images) or mu and sigma, a folder of images, or `shapes`"
-    if path in ("shapes", "shapes/val"):  # 50,000 for training, 10,000 held out
+
+    # Drawn: 50,000 for training, 10,000 held out
+    if path in ("shapes", "shapes/val"):
         side = min(size or [32])
-        return Source(path, open_data(path, side) if path == "shapes" else open_val("shapes", None, side))
+        images = open_data(path, side) if path == "shapes" else open_val("shapes", None, side)
+        return Source(path, images)
+
+    # A folder: photographs in classes are cropped to their partner's size, else files are taken as they are
     if Path(path).is_dir():
         if size and any(child.is_dir() for child in Path(path).iterdir()):
             inner = Path(path, "train")
             return Source(path, Folder(inner if inner.is_dir() else path, min(size)))
-        files = sorted(file for file in Path(path).rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+        files = sorted(Path(path).rglob("*"))
+        files = [file for file in files if file.suffix.lower() in IMG_EXTENSIONS]
         if not files:
             raise UserError(f"{path} is a folder without images: {wanted}")
         return Source(path, Pictures(path, files))
+
+    # An archive: images, statistics, or both
     try:
         archive = np.load(path, allow_pickle=False)
         arrays = {name: archive[name] for name in archive.files if name != "arr_0"}
@@ -395,16 +436,21 @@ def statistics(source, features=None):
 def check(source, args):
     """Refuse, before the long work, what would spoil it."""
     name, images, arrays = source
+
+    # Images: enough of them, and files that are there
     if images is not None and len(images) < 2:
         raise UserError(f"{name}: {len(images)} image given, and a covariance needs at least 2: add more")
     for path, _ in getattr(images, "samples", ()):
         if not Path(path).exists():
             raise UserError(f"{path} is a link that leads nowhere: mend or remove it")
+
+    # Statistics: of these features, finite, and of something that can vary
     if "mu" in arrays:
         mu, sigma, _ = statistics(source)
         of = str(arrays.get("features", args.features))
-        fits = of == args.features and mu.shape == (args.dim,) and sigma.shape == (args.dim, args.dim)
-        if not fits or not np.isfinite(mu).all() or not np.isfinite(sigma).all():
+        fits = of == args.features and mu.shape * 2 == sigma.shape == (args.dim, args.dim)
+        finite = np.isfinite(mu).all() and np.isfinite(sigma).all()
+        if not fits or not finite:
             raise UserError(f"{name} holds statistics {mu.shape}, {sigma.shape} of {of}, --features"
                             f" {args.features} has {args.dim}, all finite: make both sides with the same")
         root(sigma, name)  # refuses negative variances
@@ -417,25 +463,32 @@ def per_image(dataset, measure, batch, device, num=None):
     Batches are cut from the whole and dealt to the ranks, each adding its rows to the zeros of the others:
     the same batches, so the same figures, for any number of ranks. num: a fixed random choice of so many.
     """
+    # All batches, and this rank's
     order = np.sort(np.random.RandomState(0).permutation(len(dataset))[:num]).tolist()  # as files lie
     items = [(index, row) for row, index in enumerate(order)]
     batches = [items[i:i + batch] for i in range(0, len(items), batch)]
     loader = DataLoader(dataset, batch_sampler=batches[dist.get_rank()::dist.get_world_size()],
                         num_workers=worker_count(dataset), collate_fn=good, worker_init_fn=quiet_worker)
+
+    # Measured
     done = []  # (rows, their part of the table)
     width = torch.zeros((), dtype=torch.int64, device=device)
-    for images, labels, rows in filter(None, tqdm(loader, disable=dist.get_rank() > 0, leave=False)):
+    bar = tqdm(loader, disable=dist.get_rank() > 0, leave=False)
+    for images, labels, rows in filter(None, bar):
         values = measure(images.to(device)).float()  # (b, F)
         here = torch.ones_like(values[:, :1])  # to see which rows were filled
         done.append((rows, torch.cat([values, labels[:, None].to(values), here], 1)))
         width.fill_(values.shape[1])
+
+    # One table for all
     dist.all_reduce(width, dist.ReduceOp.MAX)  # for ranks without a batch
     table = torch.zeros(len(items), int(width) + 2, device=device)
     for rows, values in done:
         table[rows] = values
     dist.all_reduce(table)  # each row is one rank's
 
-    lost = (table[:, -1] == 0).nonzero().flatten().tolist()  # the same for all ranks, which end together
+    # Broken files: the same for all ranks, which end together
+    lost = (table[:, -1] == 0).nonzero().flatten().tolist()
     if lost:
         path, _ = dataset.samples[order[lost[0]]]
         raise UserError(f"{len(lost)} of {len(items)} images cannot be decoded (the first: {path}): mend or"
@@ -445,7 +498,8 @@ def per_image(dataset, measure, batch, device, num=None):
 
 def bare_encoder(args, device):
     """The encoder of --features, as an RAE with an untrained decoder."""
-    rae = RAE(args.features, "tiny", ENCODERS[args.features].image).load_encoder(args.encoder_weights)
+    rae = RAE(args.features, "tiny", ENCODERS[args.features].image)
+    rae.load_encoder(args.encoder_weights)
     return rae.eval().requires_grad_(False).to(device)
 
 
@@ -470,7 +524,8 @@ def judge_samples(args, device):
 
     # Features of both sides. Statistics need none; images beside a reference's serve precision and recall.
     measure = fake = real = None
-    if generated.images is not None or reference.images is not None and "mu" not in reference.arrays:
+    compared = reference.images is not None and "mu" not in reference.arrays
+    if generated.images is not None or compared:
         measure = feature_function(args, device)
     if generated.images is not None:
         rows, _ = per_image(generated.images, measure, args.batch, device, args.num)
@@ -479,7 +534,7 @@ def judge_samples(args, device):
         rows, _ = per_image(reference.images, measure, args.batch, device)
         real = rows[:, :args.dim]
     if dist.get_rank():
-        return None
+        return None  # one rank reports
 
     # Figures
     figures = {}
@@ -490,7 +545,8 @@ def judge_samples(args, device):
     if fake is not None and args.features == "inception":
         figures["inception_score"] = inception_score(logits)
     if fake is not None and real is not None:
-        some = np.random.RandomState(0).permutation(len(real))[:10_000]  # as many as ADM's file has
+        order = np.random.RandomState(0).permutation(len(real))
+        some = order[:10_000]  # as many as ADM's file has
         figures["precision"], figures["recall"] = precision_recall(real[some], fake)
 
     # Warnings
@@ -511,9 +567,11 @@ def judge_reconstructions(args, device):
     """--rae's copies of --data against the originals, or GENERATED: rFID or rFD, PSNR, SSIM, LPIPS."""
     # What is wrong is found out before the long work.
     rae = load_rae(args.rae, device)
-    side = rae.image_size * rae.upsample
+    side = rae.output_size
     originals = Source(args.data, open_val(args.data, None, side))
-    reference = open_source(args.generated, [side, side]) if args.generated else originals
+    reference = originals
+    if args.generated:
+        reference = open_source(args.generated, [side, side])
     for source in (originals, reference):
         check(source, args)
     measure = feature_function(args, device)
@@ -526,6 +584,7 @@ def judge_reconstructions(args, device):
         perceptual = None
         said.append(f"no LPIPS: {error}")
 
+    # Copies are rounded to 8 bits, as a file would hold them, and measured beside their originals
     def compare(images):  # uint8 (b,3,H,W) -> metrics (b,3), features of copies (b,D) and of originals
         copies = rae.decode(rae.encode(images.float() / 255)).clamp(0, 1).mul(255).round().byte()
         a, b = images.float() / 255, copies.float() / 255
@@ -537,6 +596,7 @@ def judge_reconstructions(args, device):
 
     rows, _ = per_image(originals.images, compare, args.batch, device, args.num)
     metrics, fake, real = rows.tensor_split([3, 3 + args.dim], 1)
+    # ... or against other originals
     if args.generated and "mu" not in reference.arrays:
         rows, _ = per_image(reference.images, measure, args.batch, device)
         real = rows[:, :args.dim]
@@ -556,11 +616,14 @@ def judge_reconstructions(args, device):
 
 def report(args, figures, n, judged, reference, saved, said):
     """The line of JSON, and --save-stats. saved: (mu, sigma, n) of the reference, or of a GENERATED alone."""
+    # Statistics, for the next time
     size = reference.size or judged.size
     if args.save_stats:
         with writing(args.save_stats):
             np.savez(args.save_stats, mu=saved[0], sigma=saved[1], n=saved[2] or 0, features=args.features,
                      size=size or 0, source=reference.name or judged.name)
+
+    # What makes figures incomparable
     least = min(n or np.inf, saved[2] or np.inf)
     if least <= args.dim:
         said.append(f"n = {least} is not above the {args.dim} dimensions: a covariance lacks rank")
@@ -574,6 +637,8 @@ def report(args, figures, n, judged, reference, saved, said):
         said.append(f"images of {reference.name} are smaller than {size} pixels, and were enlarged")
     if "random" in (args.inception_weights, args.encoder_weights, args.rae and args.lpips_vgg):
         said.append("random weights: mechanics only")
+
+    # Which file that was
     digest = None  # of a folder, or of what is drawn
     if reference.name and Path(reference.name).is_file():
         digest = hashlib.sha256(np.memmap(reference.name, mode="r")).hexdigest()[:16]
@@ -584,16 +649,17 @@ def report(args, figures, n, judged, reference, saved, said):
 
 def probe(args, device):
     """Table 1d: top-1 of a linear classifier on the encoder's mean-pooled tokens."""
+    # The encoder, and images whose labels mean the same on both sides
     rae = load_rae(args.rae, device) if args.rae else bare_encoder(args, device)
-    size = rae.image_size * rae.upsample
-    train = open_data(args.data, size)
-    test = open_val(None, args.data, size)
+    train = open_data(args.data, rae.output_size)
+    test = open_val(None, args.data, rae.output_size)
     if test is None or train.classes != test.classes:
         raise UserError(f"--data {args.data}: a probe needs train/ and val/ in it, with the same classes")
     train.train = False  # here, no neighbour takes a broken file's place
     for split in (train, test):
         check(Source(args.data, split), args)
 
+    # Fitted to the one, judged on the other
     def pooled(images):  # uint8 (b,3,H,W) -> (b,D)
         return rae.tokens(images.float() / 255).mean(1)
 
@@ -606,16 +672,20 @@ def probe(args, device):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
+    # what is judged
     add("generated", nargs="?", help="an .npz (arr_0; or mu, sigma), a folder, `shapes` or `shapes/val`")
     add("reference", nargs="?", help="likewise, or class folders, centre-cropped to GENERATED's size")
+    # by what network
     add("--features", default="inception", choices=["inception", *ENCODERS], help="what compares images")
     add("--inception-weights", metavar="PATH", help=f"{WEIGHTS}, or `random` (default: downloaded)")
     add("--encoder-weights", metavar="PATH", help="those of --features, or `random` (default: pretrained)")
     add("--lpips-vgg", metavar="PATH", help="VGG16's weights for LPIPS, or `random` (default: downloaded)")
+    # or what else
     add("--rae", metavar="RUN", help="judge reconstructions of --data by a run folder, rae.pt or release:X\n"
         "against the originals, or against statistics in GENERATED's place")
     add("--data", metavar="VAL", help="class folders of held-out images, or `shapes`; --probe: train/, val/")
     add("--probe", action="store_true", help="top-1 of a linear probe on the tokens of --rae or --features")
+    # how
     add("--num", type=at_least(2), help="judge a fixed random choice of so many images (default: all)")
     add("--save-stats", metavar="NPZ", help="keep the statistics of the reference (of GENERATED, when alone)")
     add("--batch", type=at_least(1), default=64, help="images at a time; no figure depends on it")

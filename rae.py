@@ -95,7 +95,7 @@ def mix(*parts):
         return (h >> bits) & ((1 << 64 - bits) - 1)
 
     h = torch.zeros((), dtype=torch.int64)
-    for part in parts:
+    for part in parts:  # stirred in one after the other
         h = (h ^ part) - 0x61C8864680B583EB  # int64 wraps around, as it should
         h = (h ^ shift(h, 30)) * -0x40A7B892E31B1A47
         h = (h ^ shift(h, 27)) * -0x6B2FB644ECCEEE15
@@ -116,6 +116,7 @@ def normals(keys, count, device):
 
 def center_crop(image, size):
     """PIL image -> its centre, size x size, as ADM prepares ImageNet: halved by boxes, then bicubic."""
+    # Halving averages all pixels, where bicubic alone would be slow, or skip some
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     sides = [round(side * size / min(image.size)) for side in image.size]
@@ -153,6 +154,7 @@ class Folder(Dataset):
     keep their size; otherwise its item is None, which `good` leaves out.
     """
     def __init__(self, path, size, train=False, crop=False):
+        # Which files: broken or few ones are said before any work
         try:
             files = ImageFolder(path, allow_empty=True)  # class/name.jpg, sorted
         except (FileNotFoundError, NotADirectoryError):
@@ -166,7 +168,8 @@ class Folder(Dataset):
         if len({os.path.realpath(place) for place in places}) < len(places):
             raise UserError(f"{path}: a link leads into a folder that is there already, so that its images"
                             " would be seen twice: remove the link")
-        self.samples = files.samples
+
+        self.samples = files.samples  # [(path, label)]
         self.classes = files.classes
         self.size = size
         self.train = train
@@ -180,7 +183,7 @@ class Folder(Dataset):
 
     def prepare(self, path, key):
         """File -> uint8 (3, size, size)."""
-        image = read_image(path)
+        image = read_image(path)  # of any size
         if min(image.size) < self.size and not self.small:
             self.small.fill_(True)
             print(f"WARNING: {path} has {image.width} x {image.height} pixels, and is enlarged to"
@@ -210,7 +213,7 @@ def open_data(data, size, crop=False):
     if data == "shapes":
         from assets.shapes import Shapes
         return Shapes(size)
-    inner = Path(data, "train")
+    inner = Path(data, "train")  # as ImageNet lies
     return Folder(inner if inner.is_dir() else data, size, train=True, crop=crop)
 
 
@@ -258,12 +261,15 @@ def spread(length, most=None):
 def in_order(dataset, batch, device, rank=0, world=1, workers=None, most=None):
     """Each image once, or `most` of them, spread; ranks take turns. Yields images (b,3,H,W) in [0,1], labels
     (b,) and their numbers from 0 on, without broken files: who counts sees how many are missing."""
+    # This rank's places, in batches
     items = [(place, i) for i, place in enumerate(spread(len(dataset), most))][rank::world]
     order = [items[i:i + batch] for i in range(0, len(items), batch)]
     loader = DataLoader(dataset, batch_sampler=order, num_workers=worker_count(dataset, workers),
                         collate_fn=good, worker_init_fn=quiet_worker)
+
+    # 8 bits until here: a quarter of the bytes between processes, and to the device
     for part in loader:
-        if part is not None:
+        if part is not None:  # all of its files may be broken
             images, labels, numbers = part
             yield images.to(device).float() / 255, labels.to(device), numbers
 
@@ -341,6 +347,7 @@ class SDVAE(nn.Module):
             from diffusers import AutoencoderKL  # wanted here alone
         except ImportError:
             raise UserError("the encoder sdvae needs diffusers: pip install diffusers") from None
+        # Its decoder is not wanted: ours is trained
         vae = AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 4, **sizes)
         self.encoder = vae.encoder
         self.quant_conv = vae.quant_conv
@@ -357,7 +364,8 @@ class SDVAE(nn.Module):
             return self
         state = weights if isinstance(weights, dict) else read_weights(weights)
         state = {key: state[key] for key in state if key.startswith(("encoder.", "quant_conv."))}
-        renamed = dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0")  # since its release
+        # diffusers has renamed its attention since that file was written
+        renamed = dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0")
         for old, new in renamed.items():
             state = {key.replace(f".{old}.", f".{new}."): value for key, value in state.items()}
         load_strict(self, state, "encoder sdvae")
@@ -385,11 +393,14 @@ def build_encoder(name, image_size, weights=None, flag="--encoder-weights PATH")
     weights: None for the pretrained ones (timm's from the hub; `tiny`: bundled), "random", a state dict of
     timm, DINOv2's or MAE's authors, or its path. Source: section 3 and the reference implementations.
     """
+    # What is no ViT
     spec = ENCODERS[name]
     if not spec.timm:
         return Patches(spec.patch)  # nothing to load
     if name == "sdvae":
         return SDVAE(**spec.options).load(weights, f"{flag} (encoder sdvae)").eval().requires_grad_(False)
+
+    # A ViT without its classifier, and with our last layer
     options = dict(num_classes=0, global_pool="") | spec.options
     model = timm.create_model(spec.timm, **options)
     model.norm = PatchNorm(model.num_prefix_tokens, model.norm.eps)  # without its affine part
@@ -402,6 +413,7 @@ def build_encoder(name, image_size, weights=None, flag="--encoder-weights PATH")
     model.pos_embed = nn.Parameter(resample(model.pos_embed.detach()))
     model.patch_embed.set_input_size(img_size=side * spec.patch)
 
+    # Weights: the bundled ones, timm's, or those that were named
     if weights is None and name.startswith("tiny"):
         weights = ROOT / f"assets/{name}.pt"
     elif weights is None:
@@ -414,6 +426,7 @@ def build_encoder(name, image_size, weights=None, flag="--encoder-weights PATH")
             state["reg_token"] = state.pop("register_tokens")
         if getattr(state.get("pos_embed"), "shape", None) == native:  # ours are saved resampled
             state["pos_embed"] = resample(state["pos_embed"].float())
+        # What a frozen encoder does not need: the norm's affine part, classifiers, MAE's own decoder
         unused = ("norm.", "fc_norm.", "head", "attn_pool.", "decoder", "mask_token")
         own = model.state_dict()
         state = {key: value for key, value in state.items() if key in own or not key.startswith(unused)}
@@ -508,6 +521,8 @@ class RAE(nn.Module):
             if isinstance(name, str) and name not in table:
                 raise UserError(f"unknown {what} {name!r}; there are {', '.join(table)}")
         sizes = DECODERS[decoder] if isinstance(decoder, str) else decoder
+
+        # What it is, and the shape of its latents
         self.name = encoder
         self.spec = ENCODERS[encoder]
         self.stride = self.spec.stride
@@ -518,9 +533,11 @@ class RAE(nn.Module):
         self.config = dict(encoder=encoder, decoder=dict(sizes), image_size=image_size, upsample=upsample)
         self.num_tokens = (image_size // self.stride) ** 2  # N
         self.token_dim = self.spec.dim  # D
+        self.output_size = image_size * upsample  # side of what is decoded
         self.data = None  # what it was trained on ...
         self.step = None  # ... and how long; set by load_rae, where they are known
 
+        # Its decoder; the encoder comes later, or never
         self.encoder = None
         if self.spec.timm:
             self.decoder = Decoder(self.num_tokens, self.token_dim, patch=self.stride * upsample, **sizes)
@@ -528,6 +545,8 @@ class RAE(nn.Module):
             self.decoder = Patches(self.stride, backwards=True)  # exact: nothing to train
         else:
             raise UserError(f"{encoder} decodes its patches as they are: --upsample 1")
+
+        # Statistics of the latents, which stage 1 measures, and of the encoder's pixels
         self.register_buffer("mean", torch.zeros(self.num_tokens, self.token_dim))
         self.register_buffer("var", torch.ones(self.num_tokens, self.token_dim))
         pixel_mean, pixel_std = torch.tensor(self.spec.pixels).view(2, 3, 1, 1)
@@ -548,9 +567,9 @@ class RAE(nn.Module):
         """images (B,3,H,W) in [0,1] -> layer-normed patch tokens (B,N,D), fp32 (TF32) under autocast too."""
         if self.encoder is None:
             raise UserError("this autoencoder was loaded for decoding only")
-        if images.shape[-1] == self.image_size * self.upsample:
+        if images.shape[-1] == self.output_size:
             images = F.avg_pool2d(images, self.upsample)  # as a data set of image_size has it
-        side = self.image_size // self.stride * self.spec.patch
+        side = self.image_size // self.stride * self.spec.patch  # what the encoder takes
         if images.shape[-2:] != (side, side):
             images = F.interpolate(images, (side, side), mode="bicubic", align_corners=False, antialias=False)
         return in_fp32(self.encoder)((images - self.pixel_mean) / self.pixel_std)
@@ -652,7 +671,9 @@ def load_rae(path_or_name, device="cpu", decode_only=False):
     if not {"config", "mean", "var", "ema"} <= saved.keys():
         raise UserError(f"{path} is no rae.pt, as train_decoder.py writes it (a dit.pt? a released file?"
                         " `release:NAME` reads those)")
-    rae = RAE(**saved["config"])  # sizes; no weights as yet
+
+    # First its shape, then what it has learned
+    rae = RAE(**saved["config"])
     load_strict(rae.decoder, {key: value.float() for key, value in saved["ema"].items()}, str(path))
     rae.mean.copy_(saved["mean"])  # (N, D)
     rae.var.copy_(saved["var"])    # (N, D)
@@ -690,6 +711,7 @@ def save_checkpoint(path, **state):
 
 def start():
     """Join torchrun's process group, or make one of a single process: (device, rank, world size)."""
+    # A GPU for each process, where there are any
     torch.set_float32_matmul_precision("high")  # TF32 where there is such a thing
     device = torch.device("cpu")
     options = {}
@@ -697,6 +719,8 @@ def start():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         options["device_id"] = device
+
+    # One way for one process and many: no loop asks whether it is alone
     if not dist.is_initialized():
         if "RANK" not in os.environ:
             options |= dict(store=dist.HashStore(), rank=0, world_size=1)  # a group of one, no network
@@ -741,7 +765,8 @@ def main():
     check_picture(args.out)
     rae = load_rae(args.run, "cuda" if torch.cuda.is_available() else "cpu")
 
-    side = rae.image_size * rae.upsample
+    # Photographs, cropped as ImageNet's
+    side = rae.output_size
     images = []
     for path in args.images:
         try:
@@ -753,6 +778,7 @@ def main():
         images.append(TF.to_tensor(center_crop(image, side)))
     images = torch.stack(images).to(rae.mean.device)  # (B, 3, H, W)
 
+    # There and back
     with torch.no_grad():
         copies = rae.decode(rae.encode(images)).clamp(0, 1)  # (B, 3, H, W)
     psnr = -10 * (images - copies).square().mean((1, 2, 3)).log10().mean()

@@ -25,8 +25,8 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from fid import fit_probe, per_image
-from rae import (UserError, at_least, check_picture, default_data, enlarged, in_fp32, load_rae, mix, newest,
-                 normals, open_data, start, writing)
+from rae import (UserError, at_least, check_picture, default_data, enlarged, in_fp32, load_rae, locate,
+                 mix, newest, normals, open_data, start, writing)
 from train_dit import DiT, conditional, euler, load_dit, sample_times
 
 
@@ -41,6 +41,7 @@ def guided(model, y, scale=1.0, weak=None, interval=(0, 1)):
     """
     if weak == "self":
         check_base_head(model)
+    # The model, and who may be the other: itself at a smaller depth, another, or itself without a label
     plain = conditional(model, y)
     inner = conditional(model, y, True) if weak == "self" else None  # v and base v, one pass
     other = conditional(weak, y) if weak is not None and not inner else None
@@ -48,6 +49,7 @@ def guided(model, y, scale=1.0, weak=None, interval=(0, 1)):
     both = conditional(model, torch.cat([y, null]))  # classifier-free: one pass, a batch of 2B
 
     def velocity(z, t):
+        # Nobody else is asked where it would change nothing
         if scale == 1 or not interval[0] <= float(t) <= interval[1]:
             return plain(z, t)
         if inner:
@@ -112,6 +114,8 @@ def pick_classes(names, classes):
     """Class names or indices that a user gave -> indices; `none`: the null class; None: ten of them all."""
     if names == ["none"]:
         return [len(classes)]
+
+    # What a user may call a class
     known = {str(i): i for i in range(len(classes))}           # by index ...
     known |= {str(name): i for i, name in enumerate(classes)}  # ... or by name, which wins
     if names is None:
@@ -127,11 +131,13 @@ def pick_classes(names, classes):
 
 def fit_to(rae, data, columns, device):
     """The probe of --best-of: a linear classifier of 50 images per class of `data`, and at least 10,000."""
+    # Labels must mean what they mean to the model
     dataset = open_data(data, rae.image_size)
     if max(columns) >= len(dataset.classes):
         raise UserError(f"--best-of needs a class, and an image folder of the model's classes as --data:"
                         f" {data} has {len(dataset.classes)}")
 
+    # On real images; what it is shown later are generated latents
     def pooled(images):  # uint8 (b,3,H,W) -> (b,D)
         return rae.tokens(images.float() / 255).mean(1)
     count = max(10_000, 50 * len(dataset.classes))  # images to fit the probe to
@@ -157,6 +163,8 @@ def parse_args(argv=None):
     add("--seed", type=at_least(0, int, 2 ** 62), default=0, help="of noise and labels (default: 0)")
     add("--batch", type=at_least(1), default=80, help="images at a time on each rank; changes no picture")
     args = parser.parse_args(argv)
+
+    # What does not go together
     if args.interval and args.interval[0] > args.interval[1]:
         parser.error(f"--interval {args.interval[0]} {args.interval[1]}: LO comes first, and is not above HI")
     if args.npz and args.out:
@@ -184,6 +192,8 @@ def load(args, device):
     if guide == "self":
         check_base_head(model)
     weak = load_dit(guide, device) if guide and guide != "self" else guide  # None, a model, or "self"
+    if not locate(model.rae, "rae.pt").exists():
+        raise UserError(f"{run} was trained on {model.rae}, which is not there any more: bring it back")
     rae = load_rae(model.rae, device, decode_only=args.best_of == 1)
 
     # Do they belong together?
@@ -214,6 +224,8 @@ def load(args, device):
 def main():
     args = parse_args()
     device, rank, world = start()
+
+    # Who draws what
     model, rae, weak, scale = load(args, device)
     columns = pick_classes(args.classes, model.classes) if model.classes else [model.num_classes]
     num = args.num or (50_000 if args.npz else 8 * len(columns))  # as FID is published
@@ -229,7 +241,7 @@ def main():
 
     # Every rank makes its share of the indices and writes it into one array on disk
     out = Path(args.npz or args.out)
-    side = rae.image_size * rae.upsample  # of the pictures
+    side = rae.output_size  # of the pictures
     begun = time.time()
     number = torch.tensor(os.getpid())  # rank 0's: two commands may share --out
     dist.broadcast(number, 0)
@@ -242,6 +254,8 @@ def main():
                 with open(pixels, "r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, pixels.stat().st_size)
     dist.barrier()
+
+    # Noise -> latents -> pixels, rounded to 8 bits
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that `finally` tidies up
     try:
         array = np.lib.format.open_memmap(pixels, "r+")

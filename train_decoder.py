@@ -46,6 +46,7 @@ from rae import (DECODERS, ENCODERS, RAE, UserError, at_least, build_encoder, de
 def latent_statistics(rae, dataset, batch, device, rank=0, world=1, workers=None):
     """Exact mean and population variance (N,D) of the encoder's tokens over every image and its mirror image,
     centre crops; summed in float64, so that order, batch size and number of ranks do not matter."""
+    # This rank's share
     sums = torch.zeros(2, rae.num_tokens, rae.token_dim, dtype=torch.float64, device=device)
     count = torch.zeros((), dtype=torch.float64, device=device)
     with tqdm(total=len(dataset), unit="image", disable=None if rank == 0 else True) as bar:
@@ -55,6 +56,8 @@ def latent_statistics(rae, dataset, batch, device, rank=0, world=1, workers=None
             sums += torch.stack([x.sum(0), x.square().sum(0)])
             count += len(images)
             bar.update(len(images) * world)
+
+    # All shares
     dist.all_reduce(sums)
     dist.all_reduce(count)
     if not count:
@@ -145,8 +148,11 @@ class Discriminator(nn.Module):
         self.register_buffer("pixel_std", pixel_std, persistent=False)
 
     def forward(self, images):
+        # As the ViT is used to see images
         x = F.interpolate(images, (self.side, self.side), mode="bilinear", align_corners=False)
         x = (x / 2 + 0.5 - self.pixel_mean) / self.pixel_std
+
+        # What it sees at five depths, and what a head makes of each
         maps = self.vit.forward_intermediates(x, self.layers, norm=False, output_fmt="NLC",
                                               intermediates_only=True)  # 4 x (B, N, C)
         maps = [maps[-1], *maps]  # 5 x (B, N, C)
@@ -308,7 +314,7 @@ def flags(description, recipes):
     add("--run", default=None, help="run folder; started again, the same command resumes")
     add("--data", default=None, help="image folder, or `shapes`")
     add("--val", default=None, help="held-out images (default: DATA/val, or held-out shapes)")
-    add("--init", default=None, help="start from the weights of this run, file or release:NAME")
+    add("--init", default=None, help="begin with the weights of this run, file or release:NAME")
     # how long, and how
     add("--epochs", type=at_least(0, float), help="length of the schedule; an epoch of shapes: 50,000 images")
     add("--steps", type=at_least(1), default=None, help="stop after so many optimiser steps, schedule kept")
@@ -330,6 +336,7 @@ def flags(description, recipes):
 
 def with_recipe(args, recipes, encoder):
     """What was given, and what the encoder's recipe says of the rest."""
+    # What was given wins
     recipe = recipes["tiny" if encoder.startswith("tiny") else "paper"]  # all small encoders share one
     return argparse.Namespace(**{**recipe, **vars(args)})
 
@@ -340,6 +347,8 @@ def length_of(args, dataset, world):
         raise UserError(f"--batch {args.batch} does not divide over {world} ranks x {args.accum} --accum")
     epoch = len(dataset) / args.batch          # optimiser steps, not whole
     schedule = math.ceil(args.epochs * epoch)  # where the learning rate ends
+
+    # What is allowed, and perhaps not meant
     if dist.get_rank() == 0:
         if epoch < 1:
             print(f"WARNING: --batch {args.batch} is more than the {len(dataset)} images: each is in every"
@@ -358,6 +367,7 @@ def claim(run):
     or where another process trains already."""
     if dist.get_rank():
         return
+    # Where nothing can be written, nothing needs to be computed
     with writing(run):
         Path(run).mkdir(parents=True, exist_ok=True)
         file = open(Path(run, ".lock"), "w")
@@ -410,6 +420,7 @@ def states(parts):
 
 def restore(parts, saved):
     """What `states` saved, back into its parts; one that the checkpoint lacks begins anew (a late GAN)."""
+    # Modules by name and shape; optimisers as torch does it
     for name, part in parts.items():
         if isinstance(part, nn.Module) and saved.get(name) is not None:
             load_strict(part, saved[name], name)
@@ -481,10 +492,13 @@ def log(run, **values):
     """One line to RUN/log.jsonl, and to the terminal; on rank 0."""
     if dist.get_rank():
         return
+    # JSON has no nan
     values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
     with writing(Path(run, "log.jsonl")):
         with open(Path(run, "log.jsonl"), "a") as file:
             file.write(json.dumps(values) + "\n")
+
+    # For people
     if "eta" in values:
         values["eta"] = timedelta(seconds=round(values["eta"]))
     words = [f"{key} {v:.4g}" if isinstance(v, float) else f"{key} {v}"
@@ -531,6 +545,7 @@ class Meter:
         self.clock += time.time() - before
 
     def line(self, step, lr):
+        # Means over steps and ranks
         steps = step - self.since           # since the last line
         seconds = time.time() - self.clock  # without pauses
         sums = torch.stack([*self.sums.values(), self.in_a_row])
@@ -538,10 +553,14 @@ class Meter:
         *sums, in_a_row = (sums / dist.get_world_size()).tolist()  # the one device sync
         means = {name: value / self.counts[name] for name, value in zip(self.sums, sums)}
         skipped = round(means.pop("skipped") * steps)
+
+        # Speed, and what is left
         rate = steps * self.batch / seconds  # over all ranks
         log(self.run, stage=self.stage, step=step, total=self.total, **means, lr=lr, images_per_s=rate,
             tflops=rate * self.image_flops / 1e12, skipped=skipped,
             eta=(self.total - step) * seconds / steps)
+
+        # Skipping helps against one bad batch, not against weights that have gone astray
         if in_a_row >= self.lost_for_good:
             raise UserError(f"step {step}: the last {in_a_row:.0f} had non-finite gradients and were skipped"
                             f" ({means}); the checkpoint in {self.run} is the last good state: resume with a"
@@ -583,6 +602,7 @@ def count_flops(module, *inputs):
 def image_flops(rae, build, *inputs):
     """FLOPs of one image in training: the encoder forward; forward and, twice that, backward the model that
     `build` makes; inputs: one image's, on the meta device."""
+    # On the meta device nothing is computed, and all is counted
     with torch.device("meta"):
         encoder = RAE(**rae.config).load_encoder("random").tokens
         encoding, _ = count_flops(encoder, torch.empty(1, 3, rae.image_size, rae.image_size))
@@ -594,7 +614,8 @@ def describe(what, module, *inputs):
     """Print a meta module's parameters, compute and training memory, on rank 0; inputs: one image's."""
     if dist.get_rank():
         return
-    size = sum(p.numel() for p in module.parameters())  # what is trained
+    # Trained, and computed beforehand (positions, frequencies)
+    size = sum(p.numel() for p in module.parameters())
     fixed = sum(value.numel() for value in module.state_dict().values()) - size
     full, linear = count_flops(module, *inputs)
     print(f"{what}: {(size + fixed) / 1e6:.4g} M parameters, {fixed / 1e6:.2g} M of them fixed\n"
@@ -612,12 +633,13 @@ NOISES = (0, 0.1, 0.2, 0.4)  # of the latents, on top of exact ones
 def evaluate(rae, decoder, dataset, perceptual, device, rank=0, world=1, workers=None, batch=64, most=2048):
     """PSNR, SSIM and LPIPS (None without its network) of held-out reconstructions, of z itself and of z +
     sigma noise, the errors a sampler leaves ("psnr@0.2"), over at most `most` images; noise by image."""
+    # Every rank its share of images, each with the same noise at any number of ranks
     sums = torch.zeros(len(NOISES), 3, dtype=torch.float64, device=device)  # psnr, ssim, lpips
     count = torch.zeros((), dtype=torch.float64, device=device)
     for images, _, numbers in in_order(dataset, batch, device, rank, world, workers, most):
         z = rae.encode(images)
         eps = normals(mix(0, 2, numbers), z[0].numel(), device).view_as(z)
-        for row, sigma in zip(sums, NOISES):
+        for row, sigma in zip(sums, NOISES):  # the same eps, further away
             copies = rae.decode(z + sigma * eps, decoder).clamp(0, 1)
             copies = (copies * 255).round() / 255  # as a file of 8 bits would hold them
             row[0] += psnr(copies, images).sum()
@@ -627,6 +649,8 @@ def evaluate(rae, decoder, dataset, perceptual, device, rank=0, world=1, workers
         count += len(z)  # broken files are not counted
     dist.all_reduce(sums)
     dist.all_reduce(count)
+
+    # Means over all images, by name
     found = dict(n=int(count))
     for sigma, row in zip(NOISES, (sums / count).tolist()):
         at = f"@{sigma}" if sigma else ""
@@ -684,6 +708,8 @@ def parse_args(argv=None):
     add("--gan-start", type=amount, help="epoch from which the decoder sees it")
     args = parser.parse_args(argv)
     args = with_recipe(args, RECIPES, args.encoder)
+    if args.encoder in ENCODERS and not ENCODERS[args.encoder].timm:
+        args.epochs = args.lpips_weight = args.gan_weight = 0  # pixels: nothing to train
     if args.gan_weight and args.gan_start < args.disc_start:
         raise UserError(f"--gan-start {args.gan_start} comes before --disc-start {args.disc_start}: the"
                         " decoder would follow an untrained discriminator")
@@ -705,15 +731,11 @@ def main():
     if args.describe:
         return describe(f"decoder {args.decoder}", rae.decoder, one_latent)
     decoder = rae.decoder
-    pixels = not rae.spec.timm  # decoding them is encoding backwards, exactly
-    if pixels:
-        args.epochs = args.lpips_weight = args.gan_weight = 0
 
     # The data, and the length of the run
     data = absolute(args.data or default_data(rae))
-    size = args.image_size * args.upsample  # of the images, and of their copies
-    dataset = open_data(data, size, crop=True)
-    held_out = open_val(args.val, data, size)
+    dataset = open_data(data, rae.output_size, crop=True)
+    held_out = open_val(args.val, data, rae.output_size)
     still = copy(dataset)
     still.train = False  # centre crops
     epoch, schedule, total = length_of(args, dataset, world)
@@ -753,7 +775,7 @@ def main():
             save_checkpoint(run / "rae.pt", config=rae.config, fixed=fixed, data=data, step=step,
                             mean=rae.mean, var=rae.var, encoder=encoder, **states(parts))
 
-    if pixels:
+    if not rae.spec.timm:
         save(model=decoder, ema=decoder)
         return say(f"wrote {run}/rae.pt: statistics alone, pixels are decoded as they are encoded, backwards."
                    f" Next: python train_dit.py --run {run}")
@@ -784,14 +806,14 @@ def main():
         compile_blocks(decoder)
     ddp = distributed(decoder, autocast, torch.zeros(micro, *one_latent.shape[1:], device=device))
     if disc:
-        ddp_disc = distributed(disc.eval(), autocast, torch.zeros(2 * micro, 3, size, size, device=device))
+        ddp_disc = distributed(disc.eval(), autocast, shown)  # not compiled: any images do
     order = Order(len(dataset), args.batch, args.accum, args.seed, step, rank, world)
     loader = batches(dataset, order, args.workers, device)
     flops = image_flops(rae, lambda: RAE(**rae.config).decoder, one_latent)
     meter = Meter(run, 1, step, total, args.batch, flops, device)
     say(f"{run}: decoder of {sum(p.numel() for p in decoder.parameters()) / 1e6:.1f} M parameters on"
         f" {rae.num_tokens} x {rae.token_dim} latents of {args.encoder}; {data}: {len(dataset)} images of"
-        f" {size} px; {dtype}, {world} x {device.type}, steps {step} to {total}")
+        f" {rae.output_size} px; {dtype}, {world} x {device.type}, steps {step} to {total}")
 
     # The loop, in optimiser steps
     asked = stop_signal()  # SIGTERM, Ctrl-C
@@ -807,15 +829,16 @@ def main():
         accumulate(meter, ddp, micros, lambda batch: decoder_backward(
             rae, ddp, batch, args, autocast, perceptual, adversary))
         lr = learning_rate(step, args.lr, args.warmup * epoch, schedule)
-        meter.skipped(apply_gradients(optimizer, lr))
+        skipped = apply_gradients(optimizer, lr)
         ema.update(decoder)  # after the step
 
         # ---- discriminator: real images, and copies by the updated decoder -> hinge ----
         if disc and step >= disc_begin:
             accumulate(meter, ddp_disc, micros, lambda batch: discriminator_backward(
                 rae, ddp_disc, batch, args, autocast))
-            own_step = step - disc_begin  # its schedule is the decoder's, in its own updates
-            apply_gradients(disc_optimizer, learning_rate(own_step, args.lr, args.warmup * epoch, schedule))
+            own_lr = learning_rate(step - disc_begin, args.lr, args.warmup * epoch, schedule)  # own steps
+            skipped = torch.maximum(skipped, apply_gradients(disc_optimizer, own_lr))
+        meter.skipped(skipped)  # either
         step += 1
         stop = any_rank(asked)  # on all ranks at once
 

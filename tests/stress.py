@@ -210,7 +210,7 @@ def run(number):
 for number in range(int(sys.argv[1])):
     run(number)
     rae.leave()
-    print(f"end {number + 1}\n", end="", flush=True)                           # in one piece
+    print(f"end {{number + 1}}\\n", end="", flush=True)                           # in one piece
     gc.freeze()                                                               # so that the next is quick
 atexit.unregister(rae.leave)                                                  # it was registered every time
 time.sleep(1)                                                                 # the store is rank 0's

@@ -71,7 +71,7 @@ def main(argv=None):
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rae = load_rae(args.rae, device)
-    side, n = rae.image_size * rae.upsample, rae.token_dim
+    side, n = rae.output_size, rae.token_dim
     data = open_val(None, args.data, side) or open_data(args.data, side)
     found = (data[i, 0] for i in range(len(data)))                     # None: a file that is broken
     pictures = islice((item[0] for item in found if item), max(args.images))
