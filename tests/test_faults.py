@@ -13,6 +13,7 @@ import torch
 from conftest import (DECODER, DIT, ENVIRONMENT, children, command_line, inside, launch, load, losses,
                       signal_all)
 
+import train_decoder
 import train_dit
 from rae import Folder, UserError, save_checkpoint
 from train_decoder import log, save_picture
@@ -195,6 +196,17 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted_and_a_run_of_th
     with pytest.raises(UserError, match=sentence):
         inside(*common, "--run", tmp_path / "b", "--steps", 50, cwd=tmp_path)
     assert all(x.isfinite().all() for x in load(tmp_path / "b/dit.pt")["model"].values())
+
+
+def test_a_skipped_step_of_the_discriminator_counts_too(tmp_path, photos, monkeypatch):
+    calls = iter(range(1, 100))
+    poison = lambda *logits, real=train_decoder.hinge_loss: real(*logits) * (float("nan") if next(calls) == 2 else 1)
+    monkeypatch.setattr(train_decoder, "hinge_loss", poison)
+    text = inside("train_decoder.py", *DECODER, "--data", photos, "--steps", 4, "--gan-weight", 0.75, "--disc-start", 0.3,
+                  "--gan-start", 0.6, cwd=tmp_path)
+    assert ["skipped 1" in line for line in text.splitlines() if "  loss " in line] == [False, False, True, False]
+    saved = load(tmp_path / "out/tiny/rae.pt")
+    assert saved["optimizer"]["state"][0]["step"] == 4 and saved["disc_optimizer"]["state"][0]["step"] == 2    # of 3
 
 
 def test_a_file_deleted_during_training_is_named_once_and_another_takes_its_place(tmp_path, photos, capfd):

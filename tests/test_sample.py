@@ -295,3 +295,10 @@ def test_a_checkpoint_brings_its_guide_and_scale_along_unless_one_is_given(made,
         velocity = lambda z, t: torch.lerp(at(weak, labels)(z, t), strong(z, t), scale)
         with np.load(tmp_path / "s.npz") as archive:
             check_pixels(archive["arr_0"], decoded(integrated(velocity, keys)))
+
+
+def test_a_model_whose_autoencoder_was_moved_away_says_where_it_was(made, tmp_path, monkeypatch):
+    state = torch.load(made[0] / "dit.pt", weights_only=True)
+    torch.save(dict(state, rae=str(tmp_path / "gone/rae.pt")), tmp_path / "dit.pt")
+    with pytest.raises(ValueError, match="trained on .*gone/rae.pt, which is not there any more: bring it back"):
+        run(monkeypatch, tmp_path, "--npz", tmp_path / "s.npz")
