@@ -1,4 +1,5 @@
 """Stage 1's losses, noise and discriminator, each against its formula, and the adversarial step on two ranks."""
+import json
 import math
 
 import pytest
@@ -7,10 +8,11 @@ import torch.nn.functional as F
 from conftest import DECODER, ROOT, launch, losses
 
 import fid
+import train_decoder
 from assets.shapes import Shapes
 from rae import RAE, mix, normals, spread
 from train_decoder import (Discriminator, DiscriminatorHead, Meter, adaptive_weight, augment, evaluate,
-                           generator_loss, hinge_loss, noise_augment)
+                           generator_loss, hinge_loss, image_flops, noise_augment)
 
 
 @pytest.mark.parametrize("kind, mean, square", [("halfnormal", math.sqrt(2 / math.pi), 1), ("uniform", 1 / 2, 1 / 3)])
@@ -325,6 +327,31 @@ def test_an_adversarial_run_resumes_bitwise(adversarial, tmp_path, photos):
         for key, value in one[part].items():
             assert torch.equal(value, two[part][key]), f"{part} {key}"
     assert losses(run, 1) == losses(adversarial / "out/tiny", 1)
+
+
+def test_a_training_images_flops_are_the_encoders_and_three_times_the_models():
+    rae = RAE("tiny", "tiny", 32)
+    layer = lambda: torch.nn.Linear(96, 1000)                                 # a model of 2 x 96 x 1,000 FLOPs a token
+    found = image_flops(rae, layer, torch.empty(1, 16, 96, device="meta"))
+    tokens, width = 17, 96                                                    # [CLS] and 16 patches of 192 numbers
+    encoder = 16 * 192 * width + 4 * tokens * (4 + 2 * 4) * width ** 2        # multiply-adds; q, k, v, projection, MLP
+    attention = 4 * 2 * tokens ** 2 * width                                   # 4 blocks: scores, and what they weigh
+    assert found == 2 * (encoder + attention) + 3 * 2 * 16 * 96 * 1000
+
+
+def test_the_log_tells_speed_and_time_left_without_the_pauses(tmp_path, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(train_decoder.time, "time", lambda: clock[0])
+    meter = Meter(tmp_path, 1, 10, 40, 8, 3e9, torch.device("cpu"))           # from step 10 on, 8 images a step
+    meter.skipped(torch.zeros(()))
+    clock[0] += 2
+    with meter.paused():
+        clock[0] += 50
+    clock[0] += 3
+    meter.line(20, 0.1)
+    logged, = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
+    assert logged["images_per_s"] == pytest.approx(10 * 8 / 5) and logged["tflops"] == pytest.approx(16 * 3e9 / 1e12)
+    assert logged["eta"] == pytest.approx(20 * 5 / 10)
 
 
 def test_skipped_steps_in_a_row_are_counted_from_the_last_good_one():
