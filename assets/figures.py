@@ -64,6 +64,7 @@ BEYOND = {  # name: flags; the quickstart's 1,954 steps each, v-prediction and n
     "recipe, base head 3": "--base-head 3",
     "recipe, x, base head 2": "--predict x --base-head 2",
 }
+SEEDED = list(BEYOND)[:6]  # v and x at three widths: with two more seeds, unguided
 
 
 # Runs and pictures
@@ -241,6 +242,7 @@ def guidance(num=2000):
 LATENTS = {"RAE": "tiny", "VAE": "tiny_vae", "pixels": "tiny_pixel"}
 MARKS = (250, 500, 1000, 1954)      # steps after which a run is judged
 BASES = (680, 170, 42.5)            # of the shift: alpha is half, once and twice that of the recipe
+NO_HEAD = "--depth 8 --head 0"      # a DiT of as many parameters as the recipe's DiT^DH
 
 
 class Judge(Score):
@@ -283,9 +285,9 @@ def autoencoder_of(name):
     return ROOT / "assets/demo" if name == "RAE" else folder_of(f"latents, {name}")
 
 
-def judged(judge, name, base, seed=0, marks=MARKS):
+def judged(judge, name, base, seed=0, marks=MARKS, flags=""):
     """{step: scores} of a DiT^DH; kept in its run's folder, so that a second start goes on."""
-    what = f"latents, {name}, base {base}, seed {seed}"
+    what = f"latents, {name}, base {base}, seed {seed}" + (f", {flags}" if flags else "")
     autoencoder = autoencoder_of(name)
     scores = {}
     for step in marks:
@@ -293,7 +295,7 @@ def judged(judge, name, base, seed=0, marks=MARKS):
         if not place.exists():
             # So many steps of the recipe's schedule: stopped, judged, and then resumed
             run(what, "train_dit.py", "--rae", autoencoder, "--shift-base", str(base), "--seed", str(seed),
-                "--steps", str(step), "--save-every", "5000")
+                "--steps", str(step), "--save-every", "5000", *flags.split())
             torch.save(judge(load_dit(folder_of(what)), load_rae(autoencoder)), place)
         scores[step] = torch.load(place)
     return scores
@@ -334,7 +336,21 @@ def latents(num=1000, seeds=3):
         print(f"| {name} | {rae.num_tokens} x {rae.token_dim} | {quality:.2f} dB | {mean_token:.1%} |"
               f" {all_tokens:.1%} | {tried} |", flush=True)
 
-    compare({name: [judged(judge, name, best[name], seed) for seed in range(seeds)] for name in LATENTS})
+    runs = {name: [judged(judge, name, best[name], seed) for seed in range(seeds)] for name in LATENTS}
+    compare(runs)
+
+    # The paper's Table 10: a head should pay where a token has many channels
+    print("| latents | model of 5.4 M | recognised | FD, classifier | FD, tiny |\n|---|---|---|---|---|")
+    for name in ("VAE", "RAE"):
+        plain = [judged(judge, name, best[name], seed, MARKS[-1:], NO_HEAD) for seed in range(seeds)]
+        for what, found in ((f"DiT, {NO_HEAD}", plain), ("DiT^DH", runs[name])):
+            print(f"| {name} | {what} | {row_of(found, MARKS[-1])} |", flush=True)
+
+
+def row_of(found, step):
+    """The cells of a table: the scores of all seeds after so many steps."""
+    return " | ".join(with_range([scores[step][key] for scores in found], form)
+                      for key, form in (("recognised", "{:.1%}"), ("fd", "{:.0f}"), ("fd_tiny", "{:.2f}")))
 
 
 def compare(runs):
@@ -342,9 +358,7 @@ def compare(runs):
     print("| latents | steps | recognised | FD, classifier | FD, tiny |\n|---|---|---|---|---|")
     for name, found in runs.items():
         for step in MARKS:
-            cells = [with_range([scores[step][key] for scores in found], form)
-                     for key, form in (("recognised", "{:.1%}"), ("fd", "{:.0f}"), ("fd_tiny", "{:.2f}"))]
-            print(f"| {name} | {step:,} | {' | '.join(cells)} |")
+            print(f"| {name} | {step:,} | {row_of(found, step)} |")
     last = MARKS[-1]
     for name in list(LATENTS)[1:]:
         ratios = [last / steps_to(other[last]["fd"], rae) for rae, other in zip(runs["RAE"], runs[name])]
@@ -406,6 +420,19 @@ def beyond(num=1000):
             found.setdefault((name, way), []).append((scale, fd))
             print(f"| {name} | {way} | {scale} | {row}", flush=True)
     beyond_curves(plt, found, num)
+
+    # By how much do seeds differ?
+    print("| model | recognised, three seeds | FD |\n|---|---|---|")
+    for name in SEEDED:
+        shares = []
+        distances = []
+        for seed in range(3):
+            flags = f"{base} {BEYOND[name]} --seed {seed}".split()
+            folder = run(f"beyond: {name}, seed {seed}", *flags) if seed else runs[name]
+            fd, row, _ = score(load_dit(folder))
+            distances.append(fd)
+            shares.append(float(row.split("%")[0]))
+        print(f"| {name} | {with_range(shares, '{:.1f} %')} | {with_range(distances, '{:.2f}')} |", flush=True)
 
 
 def beyond_curves(plt, found, num):
