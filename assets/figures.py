@@ -432,7 +432,8 @@ def beyond(num=1000):
             fd, row, _ = score(load_dit(folder))
             distances.append(fd)
             shares.append(float(row.split("%")[0]))
-        print(f"| {name} | {with_range(shares, '{:.1f} %')} | {with_range(distances, '{:.2f}')} |", flush=True)
+        row = f"{with_range(shares, '{:.1f} %')} | {with_range(distances, '{:.2f}')}"
+        print(f"| {name} | {row} |", flush=True)
 
 
 def beyond_curves(plt, found, num):
