@@ -7,14 +7,13 @@ gradients are compared as `exp_avg` holds them, weights with the change that the
 """
 import json
 import math
-import signal
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import as_it_was
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
@@ -51,21 +50,6 @@ def pictures(tmp_path_factory):
             folder.mkdir(parents=True, exist_ok=True)
             to_pil_image(smooth[0]).save(folder / f"{i}.png")
     return path
-
-
-@contextmanager
-def as_it_was():
-    """Put back what a script changes in its process: signal handlers, torch's generator and precision."""
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    handlers = [signal.getsignal(number) for number in numbers]
-    precision = torch.get_float32_matmul_precision()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        for number, handler in zip(numbers, handlers):
-            signal.signal(number, handler)
 
 
 def perceptual(a, b):
