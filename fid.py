@@ -9,7 +9,7 @@ takes a frozen encoder's mean-pooled tokens instead, and the result is called `f
     python fid.py samples.npz shapes --features tiny              # FD, precision, recall, offline
     python fid.py --rae out/dinov2_b --data data/imagenet/val     # rFID, PSNR, SSIM, LPIPS
     python fid.py --probe --features mae_b --data data/imagenet   # top-1 of a linear probe (Table 1d)
-    torchrun --nproc_per_node=8 fid.py ...                        # the same figures, sooner
+    torchrun --nproc_per_node=8 -- fid.py ...                     # the same figures, sooner
 
 One line of JSON: figures, n, reference, arithmetic, and warnings of what makes them incomparable.
 Images come as the `arr_0` of an .npz, uint8 (N,H,W,3), shuffled: N in all, B at a time, D features of each.
@@ -302,7 +302,7 @@ def load_lpips(device="cpu", vgg=None):
     import lpips  # here: it takes a second
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it calls torchvision the old way
-        net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)  # its own linear layers come with it
+        net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     for linear in net.lins:
         linear.forward = in_fp32(linear.forward)  # they weigh small differences, too fine for bf16
     # The five layers that weigh come with the package; the network beneath, VGG16, does not
@@ -369,7 +369,7 @@ def map_images(path):
         # What the array is, in numpy's header of it
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
         if dtype.hasobject:
-            raise ValueError("it holds Python objects")  # of which a file has addresses
+            raise ValueError("it holds Python objects")  # a map would show addresses
         header = member.tell()
         while dist.get_rank() == 0 and member.read(2 ** 24):
             pass  # to its end, where the checksum is compared, by one rank for all
@@ -451,8 +451,8 @@ def check(source, args):
         fits = of == args.features and mu.shape * 2 == sigma.shape == (args.dim, args.dim)
         finite = np.isfinite(mu).all() and np.isfinite(sigma).all()
         if not fits or not finite:
-            raise UserError(f"{name} holds statistics {mu.shape}, {sigma.shape} of {of}, --features"
-                            f" {args.features} has {args.dim}, all finite: make both sides with the same")
+            raise UserError(f"{name} holds statistics {mu.shape}, {sigma.shape} of {of}; --features"
+                            f" {args.features} needs {args.dim}, all finite: make both with the same")
         root(sigma, name)  # refuses negative variances
 
 
@@ -568,7 +568,9 @@ def judge_reconstructions(args, device):
     # What is wrong is found out before the long work.
     rae = load_rae(args.rae, device)
     side = rae.output_size
-    originals = Source(args.data, open_val(args.data, None, side))
+    name = "shapes/val" if args.data == "shapes" else args.data  # as GENERATED would name it
+    images = open_val(None, args.data, side) or open_val(args.data, None, side)  # its val/, or itself
+    originals = Source(name, images)
     reference = originals
     if args.generated:
         reference = open_source(args.generated, [side, side])
@@ -609,8 +611,9 @@ def judge_reconstructions(args, device):
     figures |= zip(("psnr", "ssim", "lpips"), metrics.double().mean(0).tolist())
     if not perceptual:
         figures["lpips"] = None
-    if args.generated and str(reference.arrays.get("source")) != args.data:
-        said.append(f"{args.generated} was not made of {args.data}: published rFIDs compare with originals")
+    if args.generated and str(reference.arrays.get("source")) != originals.name:
+        said.append(f"{args.generated} was not made of {originals.name}, and published rFIDs compare with"
+                    " originals")
     return report(args, figures, len(metrics), originals, reference, saved, said)
 
 

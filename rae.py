@@ -116,7 +116,7 @@ def normals(keys, count, device):
 
 def center_crop(image, size):
     """PIL image -> its centre, size x size, as ADM prepares ImageNet: halved by boxes, then bicubic."""
-    # Halving averages all pixels, where bicubic alone would be slow, or skip some
+    # Halving first is quicker, and gives ADM's pixels; bicubic alone gives others
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     sides = [round(side * size / min(image.size)) for side in image.size]
@@ -205,7 +205,7 @@ class Folder(Dataset):
                 self.broken[place] = True  # for all workers
             if not self.train:
                 return None
-        raise UserError("not one image of the folder can be decoded")
+        raise UserError("not one image of the folder can be decoded: give other --data")
 
 
 def open_data(data, size, crop=False):
@@ -254,7 +254,7 @@ def good(items):
 def spread(length, most=None):
     """At most so many places all over a data set, whether its classes follow each other or take turns (of
     which a bare stride of ten would find one alone)."""
-    count = min(length, most or length)  # of that many equal parts, one place each
+    count = min(length, most or length)  # of equal parts, a place further in each
     return [i * length // count + i % (length // count) for i in range(count)]
 
 
@@ -407,7 +407,7 @@ def build_encoder(name, image_size, weights=None, flag="--encoder-weights PATH")
 
     # The table of positions is resampled to our grid exactly as the reference implementation does it.
     side = image_size // spec.stride  # of the token grid
-    native = model.pos_embed.shape    # (1, extra + grid, D)
+    native = model.pos_embed.shape    # in timm's file
     resample = partial(resample_abs_pos_embed, new_size=[side, side], antialias=spec.antialias,
                        num_prefix_tokens=0 if model.no_embed_class else model.num_prefix_tokens)
     model.pos_embed = nn.Parameter(resample(model.pos_embed.detach()))
@@ -498,8 +498,8 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-12)
         self.predict = nn.Linear(width, 3 * patch * patch)
 
-    def forward(self, z):
-        x = self.embed(z) + self.pos_embed  # (B, N, width)
+    def forward(self, x):
+        x = self.embed(x) + self.pos_embed  # (B, N, width)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)  # [CLS] has no position
         for block in self.blocks:  # pre-norm, at (B, 1 + N, width)
             x = block(x)
@@ -566,9 +566,9 @@ class RAE(nn.Module):
     def tokens(self, images):
         """images (B,3,H,W) in [0,1] -> layer-normed patch tokens (B,N,D), fp32 (TF32) under autocast too."""
         if self.encoder is None:
-            raise UserError("this autoencoder was loaded for decoding only")
+            raise UserError("no encoder here: load_encoder() builds it (this RAE was loaded to decode)")
         if images.shape[-1] == self.output_size:
-            images = F.avg_pool2d(images, self.upsample)  # as a data set of image_size has it
+            images = F.avg_pool2d(images, self.upsample)  # --upsample: down to image_size
         side = self.image_size // self.stride * self.spec.patch  # what the encoder takes
         if images.shape[-2:] != (side, side):
             images = F.interpolate(images, (side, side), mode="bicubic", align_corners=False, antialias=False)
@@ -583,7 +583,7 @@ class RAE(nn.Module):
         """z (B,N,D) -> images (B,3,H',W') around [0,1], unclamped; decoder: another (EMA, DDP) than ours."""
         x = z * self.std + self.mean                 # (B, N, D)
         x = (decoder or self.decoder)(x)             # (B, 3, H', W')
-        return x * self.pixel_std + self.pixel_mean  # in [0, 1], if it is right
+        return x * self.pixel_std + self.pixel_mean  # (B, 3, H', W')
 
 
 # Files: ours, and the hub's
@@ -602,7 +602,7 @@ def fetch(repo, file, flag):
 
 def read_weights(path):
     """What a .safetensors or torch file holds, read without running code from it. torch's own are mapped,
-    not read: eight ranks share one copy, and sampling never touches the optimiser's three quarters."""
+    not read: eight ranks share one copy, and sampling reads a quarter, the averaged weights."""
     try:
         if Path(path).suffix == ".safetensors":
             from safetensors.torch import load_file

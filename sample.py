@@ -79,7 +79,7 @@ def generate(model, rae, labels, keys, alpha, steps=50, scale=1.0, weak=None, in
     """
     # Noise belongs to an image: drawn from its key, best_of draws in a row
     device = rae.mean.device
-    if best_of > 1:  # the first of each is the only one without it
+    if best_of > 1:  # each image's first: what best_of = 1 draws
         keys = torch.stack([keys] + [mix(keys, j) for j in range(1, best_of)], 1).flatten()
         labels = labels.repeat_interleave(best_of)  # (B best_of,)
     labels = labels.to(device)                      # (B best_of,)
@@ -184,11 +184,11 @@ def load(args, device):
     model = load_dit(run, device)
     guide = args.guide
     scale = args.scale
-    if guide is None and scale is None:  # what the checkpoint brings along
+    if guide is None and scale is None:
         guide = model.guide
         scale = model.scale
     if scale is None:
-        scale = {None: 1.0, "self": 1.78}.get(guide, 1.42)  # the paper's, RAEv2's
+        scale = {None: 1.0, "self": 1.78}.get(guide, 1.42)  # RAEv2's, the paper's
     if guide == "self":
         check_base_head(model)
     weak = load_dit(guide, device) if guide and guide != "self" else guide  # None, a model, or "self"
@@ -203,14 +203,16 @@ def load(args, device):
                         f" {rae.num_tokens} x {rae.token_dim}")
     same = ("tokens", "token_dim", "num_classes")
     if isinstance(weak, DiT) and any(weak.config[key] != model.config[key] for key in same):
-        raise UserError(f"--guide {guide} and {run} differ in tokens, channels or classes")
+        raise UserError(f"--guide {guide} and {run} differ in tokens, channels or classes: name another")
+    # Which guidance this model can have
     unconditional = not model.classes or args.classes == ["none"]
     if unconditional and scale != 1 and not weak:
         raise UserError("classifier-free guidance needs classes: --classes none takes --scale 1 or --guide")
     if not model.classes and args.classes and args.classes != ["none"]:
-        raise UserError(f"{run} was trained without labels: it has no --classes")
+        raise UserError(f"{run} was trained without labels, and has no classes: leave --classes out")
     if scale != 1 and not weak and not model.label_dropout:
-        raise UserError(f"{run} was trained with --label-dropout 0: it has no null class to guide it")
+        raise UserError(f"{run} was trained with --label-dropout 0 and has no null class: guide it by another"
+                        " model, --guide")
     if scale == 1 and args.interval:
         raise UserError("--interval is about guidance: give --scale or --guide as well")
     if dist.get_rank() == 0:
@@ -243,9 +245,9 @@ def main():
     out = Path(args.npz or args.out)
     side = rae.output_size  # of the pictures
     begun = time.time()
-    number = torch.tensor(os.getpid())  # rank 0's: two commands may share --out
-    dist.broadcast(number, 0)
-    pixels = Path(f"{out}.{int(number)}.part.npy")
+    pid = torch.tensor(os.getpid())  # rank 0's: two commands may share --out
+    dist.broadcast(pid, 0)
+    pixels = Path(f"{out}.{int(pid)}.part.npy")
     if rank == 0:
         with writing(out):
             out.parent.mkdir(parents=True, exist_ok=True)

@@ -61,7 +61,7 @@ def latent_statistics(rae, dataset, batch, device, rank=0, world=1, workers=None
     dist.all_reduce(sums)
     dist.all_reduce(count)
     if not count:
-        raise UserError("no image of the data set can be decoded")
+        raise UserError("no image of the data set can be decoded: give other --data")
     lost = len(dataset) - int(count)  # broken files
     if lost and rank == 0:
         print(f"{lost} of {len(dataset)} images cannot be decoded")
@@ -102,7 +102,7 @@ def augment(images, keys):
     padded = F.pad(images, (reach,) * 4).permute(0, 2, 3, 1)   # channels last
     x = padded[image, row, column].permute(0, 3, 1, 2)         # (B, 3, H, W)
 
-    # Colour: the same map for every pixel, so that its gradient is exact.
+    # Colour: saturation about a pixel's mean, contrast about the image's.
     x = x + brightness - 0.5
     x = torch.lerp(x.mean(1, keepdim=True), x, 2 * saturation)
     return torch.lerp(x.mean((1, 2, 3), keepdim=True), x, contrast + 0.5)
@@ -258,7 +258,7 @@ def accumulate(meter, ddp, micros, backward):
 
 class Order(Sampler):
     """Which images make up which batch: the data set is passed in permutations, one per (seed, epoch); step s
-    takes the places from s * batch on. Yields micro-batches [(index, key)], key = hash(seed, step, place)."""
+    takes the images from s * batch on. Yields micro-batches [(index, key)], key = hash(seed, step, place)."""
     def __init__(self, length, batch, accum=1, seed=0, step=0, rank=0, world=1):
         self.length = length
         self.batch = batch
@@ -316,7 +316,7 @@ def flags(description, recipes):
     add("--val", default=None, help="held-out images (default: DATA/val, or held-out shapes)")
     add("--init", default=None, help="begin with the weights of this run, file or release:NAME")
     # how long, and how
-    add("--epochs", type=at_least(0, float), help="length of the schedule; an epoch of shapes: 50,000 images")
+    add("--epochs", type=at_least(0, float), help="length of training; an epoch of shapes: 50,000 images")
     add("--steps", type=at_least(1), default=None, help="stop after so many optimiser steps, schedule kept")
     add("--batch", type=at_least(1), help="images per optimiser step, over all ranks and accumulation")
     add("--accum", type=at_least(1), default=1, help="micro-batches per optimiser step")
@@ -336,7 +336,6 @@ def flags(description, recipes):
 
 def with_recipe(args, recipes, encoder):
     """What was given, and what the encoder's recipe says of the rest."""
-    # What was given wins
     recipe = recipes["tiny" if encoder.startswith("tiny") else "paper"]  # all small encoders share one
     return argparse.Namespace(**{**recipe, **vars(args)})
 
@@ -344,9 +343,10 @@ def with_recipe(args, recipes, encoder):
 def length_of(args, dataset, world):
     """(optimiser steps in an epoch, as a fraction; steps in the schedule; steps to run)."""
     if args.batch % (world * args.accum):
-        raise UserError(f"--batch {args.batch} does not divide over {world} ranks x {args.accum} --accum")
+        raise UserError(f"--batch {args.batch} does not divide over {world} ranks x {args.accum} --accum:"
+                        f" give a multiple of {world * args.accum}")
     epoch = len(dataset) / args.batch          # optimiser steps, not whole
-    schedule = math.ceil(args.epochs * epoch)  # where the learning rate ends
+    schedule = math.ceil(args.epochs * epoch)  # in stage 1 where the learning rate ends
 
     # What is allowed, and perhaps not meant
     if dist.get_rank() == 0:
@@ -367,7 +367,6 @@ def claim(run):
     or where another process trains already."""
     if dist.get_rank():
         return
-    # Where nothing can be written, nothing needs to be computed
     with writing(run):
         Path(run).mkdir(parents=True, exist_ok=True)
         file = open(Path(run, ".lock"), "w")
@@ -627,7 +626,7 @@ def describe(what, module, *inputs):
 
 # Evaluation
 
-NOISES = (0, 0.1, 0.2, 0.4)  # of the latents, on top of exact ones
+NOISES = (0, 0.1, 0.2, 0.4)  # on z (tau is on tokens); 0: exact z
 
 @torch.no_grad()
 def evaluate(rae, decoder, dataset, perceptual, device, rank=0, world=1, workers=None, batch=64, most=2048):
@@ -752,7 +751,7 @@ def main():
     if saved and step >= total:
         return say(f"{run}/rae.pt is at step {step} of {total}: finished; more --epochs or --steps extend it")
 
-    # Networks that are not trained, found before the long work; the hub gives back what rae.pt leaves out
+    # Networks that are not trained, found before the long work; rae.pt keeps what no hub gives back
     weights = (saved["encoder"] if saved else None) or args.encoder_weights
     rae.load_encoder(weights).to(device)
     keep = bool(weights) or args.encoder.startswith("tiny")
@@ -777,7 +776,7 @@ def main():
 
     if not rae.spec.timm:
         save(model=decoder, ema=decoder)
-        return say(f"wrote {run}/rae.pt: statistics alone, pixels are decoded as they are encoded, backwards."
+        return say(f"wrote {run}/rae.pt: statistics alone, pixels are decoded without training."
                    f" Next: python train_dit.py --run {run}")
 
     # Weights, their average, optimisers: new, from --init, or as an earlier start left them

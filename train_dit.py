@@ -282,7 +282,7 @@ def flow_matching_loss(model, z, y, alpha, keys=None, label_dropout=0.0, time="l
 
     # Beyond the paper; a model that does not say so predicts v, and has one output
     if getattr(net, "predict", "v") == "x":
-        v = (x_t - z) / t.clamp(min=LEAST_T)[:, None, None]  # = eps - z, clamped as forward
+        v = (x_t - z) / t.clamp(min=LEAST_T)[:, None, None]  # = eps - z, clamped as in velocity
     if getattr(net, "base_head", 0):
         full, base = model(x_t, t, y, base=True)
         return F.mse_loss(full, v) + F.mse_loss(base, v)
@@ -302,7 +302,7 @@ def euler(velocity, z, times):
 
 
 def conditional(model, y, *base):
-    """velocity(z, t) of a model for the labels y (B,), without guidance."""
+    """velocity(z, t) of a model for labels y (B,), unguided; base: as forward takes it."""
     def velocity(z, t):
         return model(z, t.to(z.device, z.dtype).expand(len(z)), y, *base)
     return velocity
@@ -314,7 +314,7 @@ def load_dit(path_or_name, device="cpu"):
     """A DiT for use (EMA, eval mode) from a dit.pt, its run's folder or release:NAME.
 
     What sampling needs besides is on it: alpha, classes ([]: unconditional), rae (the autoencoder's place),
-    guide (the place of an AutoGuidance model that came with it, or None), scale (that guidance's), and step.
+    guide (the place of an AutoGuidance model that came with it, or None), its scale, label_dropout, step.
     """
     path = locate(path_or_name, "dit.pt")  # release:NAME is converted here
     saved = read_weights(path)
@@ -369,9 +369,9 @@ def evaluate(model, rae, dataset, alpha, device, rank=0, world=1, unconditional=
 @torch.no_grad()
 def picture(model, rae, alpha, unconditional):
     """Fifty samples (50,3,H,W) in 25 steps, ten classes in columns; the same noise every time."""
-    count = model.num_classes  # of many, ten far apart
+    count = model.num_classes
     column = torch.arange(50) % 10
-    y = column * max(1, count // 10) % count
+    y = column * max(1, count // 10) % count  # of many, ten far apart
     if unconditional:
         y.fill_(count)
     device = rae.mean.device
@@ -554,6 +554,7 @@ def main():
     if saved:
         restore(parts, saved)
     saved = None
+    beside = locate(place, "rae.pt").resolve() == (run / "rae.pt").resolve()
     origin = str(place) if str(place).startswith("release:") else str(Path(place).resolve())
 
     def save():
@@ -561,7 +562,7 @@ def main():
             save_checkpoint(
                 run / "dit.pt", config=config, fixed=fixed, data=data, step=step, alpha=alpha,
                 classes=[] if unconditional else dataset.classes,
-                rae=None if Path(place) == run / "rae.pt" else origin,  # None: in the same folder
+                rae=None if beside else origin,  # None: in the same folder
                 **states(parts))
 
     # Arithmetic, ranks, and the order of the images

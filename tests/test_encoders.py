@@ -236,5 +236,5 @@ def test_an_encoder_is_a_function_of_normalised_pixels():
 
 
 def test_an_autoencoder_without_its_encoder_says_so():
-    with pytest.raises(ValueError, match="loaded for decoding only"):
+    with pytest.raises(ValueError, match="load_encoder.. builds it"):
         RAE("tiny", "tiny", 32).encode(torch.zeros(1, 3, 32, 32))

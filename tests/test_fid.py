@@ -814,6 +814,23 @@ def test_reconstructions_can_be_judged_against_other_images(judge, pair, tmp_pat
     assert result["reference_n"] == 150 and "was not made of shapes" in said(result)
 
 
+def test_reconstructions_of_a_data_set_are_those_of_its_held_out_images(judge, photos, tmp_path):
+    for part, count in (("train", 40), ("val", 3)):
+        for file in sorted(photos.glob("class1/*.png"))[:count]:
+            (tmp_path / "data" / part / "class1").mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, tmp_path / "data" / part / "class1")
+    result = judge("--rae", run(tmp_path), "--data", tmp_path / "data", "--features", "tiny")
+    again = judge("--rae", tmp_path, "--data", tmp_path / "data/val", "--features", "tiny")
+    assert result["n"] == 3 and result["rfd"] == again["rfd"]
+
+
+def test_statistics_of_held_out_shapes_belong_to_their_reconstructions(judge, tmp_path):
+    for source in ("shapes", "shapes/val"):
+        judge(source, "--features", "tiny", "--num", 20, "--save-stats", tmp_path / "stats.npz")
+        warned = said(judge(tmp_path / "stats.npz", "--rae", run(tmp_path), "--data", "shapes", "--num", 20, *TINY))
+        assert ("was not made of shapes/val" in warned) == (source == "shapes")
+
+
 def test_weights_of_lpips_that_were_named_have_to_be_right(judge, no_work, tmp_path):
     with pytest.raises(UserError, match="vgg.pth: no such file"):
         judge("--rae", run(tmp_path), "--data", "shapes", *TINY, "--lpips-vgg", tmp_path / "vgg.pth")

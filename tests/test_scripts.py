@@ -17,6 +17,7 @@ from PIL import Image
 import rae
 from rae import UserError
 from sample import fit_to
+from train_dit import load_dit
 
 
 def close(a, b, rtol=1e-4, atol=2e-4):
@@ -326,6 +327,14 @@ def test_ranks_that_find_different_checkpoints_say_so(trained, tmp_path, photos)
     text = launch(apart, *DECODER, "--data", photos, "--steps", 6, cwd=tmp_path, ranks=2, expect=1, limit=100)
     assert re.search("ranks find out/tiny/rae.pt at different steps, 0 to 4: .*share", text), text
     assert "rae.py\", line" not in text and time.time() - begun < 90           # no traceback of ours
+
+
+def test_a_run_that_was_moved_finds_the_autoencoder_in_its_folder(trained, tmp_path, photos):
+    (tmp_path / "a").mkdir()
+    shutil.copy(trained / "out/tiny/rae.pt", tmp_path / "a")
+    inside("train_dit.py", *DIT, "--data", photos, "--rae", "a", "--run", "a", "--steps", 1, cwd=tmp_path)
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert load_dit(tmp_path / "b").rae == str(tmp_path / "b/rae.pt")
 
 
 def test_the_process_group_waits_for_long_saves_and_knows_its_device(monkeypatch):
