@@ -247,7 +247,7 @@ def run(job):
     if job["steps"]:
         train(model, draw, job["steps"], job.get("lr", 1e-2 if net == "DiT" else 5e-3),
               128 if net == "DiT" else 256)
-    predict, samples = job.get("predict", "v"), 1 << 14 if net == "DiT" else 1 << 16
+    predict, samples = job.get("predict", "v"), 1 << (14 if net == "DiT" and "predict" not in job else 16)
     low = (exact(s, width, predict=predict) if len(s) else theorem(spectrum(x), width, predict)) / N
     found = measure(model.eval(), draw, samples, claim=predict)
     if predict == "x":                                                # the theorem does not bound this
