@@ -16,10 +16,11 @@ import torch.distributed as dist
 from torchvision.transforms.functional import to_pil_image
 
 ROOT = Path(__file__).parent.parent
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))              # of this process
+THREADS = os.environ.get("OMP_NUM_THREADS", "1")                              # of this process, and of all that it starts
+torch.set_num_threads(int(THREADS))
 
-# One thread for each process; no network; a process that gets SIGABRT prints where its threads are
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1"}
+# No network; a process that gets SIGABRT prints where its threads are
+ENVIRONMENT = {"OMP_NUM_THREADS": THREADS, "HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1"}
 
 
 @pytest.fixture(scope="session", autouse=True)
