@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 AT_ONCE = 2                                                                   # mutants
-LIMIT = 400  # seconds; a hang is noticed, too
+LIMIT = 200  # seconds; a hang is noticed, too
 LEFT_OUT = (".git", "out", "data", "__pycache__", ".pytest_cache", "venv", ".venv")
 
 RAE = "tests/test_rae.py"
