@@ -537,7 +537,7 @@ MUTANTS = [
      'add("--head-depth", type=at_least(1)',
      'add("--head-depth", type=at_least(0)', SCRIPTS + " -k 'out_of_range and head-depth'"),
     ("train_decoder.py", "args.gan_start < args.disc_start:", "False:", SCRIPTS + " -k 'bad_input and GAN'"),
-    ("sample.py", "        check_picture(args.out)\n", "", SCRIPTS + " -k 'bad_input and grid'"),
+    ("sample.py", "        check_picture(args.out)\n", "        pass\n", SCRIPTS + " -k 'bad_input and grid'"),
     ("rae.py", "    check_picture(args.out)\n", "", SCRIPTS + " -k 'bad_input and reconstruction'"),
 ]
 
