@@ -262,11 +262,11 @@ torch.save(dict(weights=weights, gradients=gradients, most=most,
 
 
 def train(cwd, photos, *flags, ranks=1):
-    """Up to 6 steps of 12, the discriminator from step 1 on, in the decoder's loss from step 2 on; its run
-    folder. Checkpoints are kept beside it."""
+    """Up to 6 steps of 12, the second and all after it with the discriminator; the run's folder. Checkpoints
+    are kept beside it."""
     (cwd / "recorded.py").write_text(RECORDED)
     launch(cwd / "recorded.py", *DECODER, "--gan-weight", 0.75, "--lpips-weight", 1, "--lpips-vgg", "random", "--disc-start", 0.3,
-           "--gan-start", 0.6, "--lr", "1e-4", "--save-every", 3, "--data", photos, *flags, cwd=cwd, ranks=ranks)
+           "--gan-start", 0.3, "--lr", "1e-4", "--save-every", 2, "--data", photos, *flags, cwd=cwd, ranks=ranks)
     return cwd / "out/tiny"
 
 
@@ -296,7 +296,7 @@ def off_by(tensors, others):
 
 def test_two_ranks_agree_to_the_last_bit_and_free_the_decoders_graph(two_ranks):
     first, second = (torch.load(two_ranks / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert len(first["weights"]) == 4 and first["weights"] == second["weights"] and min(first["weights"]) > 0
+    assert len(first["weights"]) == 5 and first["weights"] == second["weights"] and min(first["weights"]) > 0
     assert len(first["trained"]) == 2                                         # decoder, discriminator
     for one, two in zip(first["trained"], second["trained"]):
         for key, value in one.items():
@@ -306,14 +306,14 @@ def test_two_ranks_agree_to_the_last_bit_and_free_the_decoders_graph(two_ranks):
 
 
 def test_two_ranks_take_the_first_adversarial_step_of_one(adversarial, two_ranks):
-    """Later steps inherit AdamW's sensitivity: its change of a weight may hang on a rounding."""
-    alone, together = (losses(run / "out/tiny", 1)[:3] for run in (adversarial, two_ranks))
+    """With a discriminator that has not been trained: AdamW's change of a weight may hang on a rounding."""
+    alone, together = (losses(run / "out/tiny", 1)[:2] for run in (adversarial, two_ranks))
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
     one, two = (torch.load(run / "rank0.pt", weights_only=True) for run in (adversarial, two_ranks))
     assert two["weights"][0].item() == pytest.approx(one["weights"][0].item(), rel=1e-3)
     for a, b in zip(one["gradients"][0], two["gradients"][0]):                # reconstruction's, GAN's
-        assert off_by([a], [b]) < 1e-3
-    one, two = (torch.load(run / "step3.pt", weights_only=True) for run in (adversarial, two_ranks))
+        assert off_by([a], [b]) < 3e-3
+    one, two = (torch.load(run / "step2.pt", weights_only=True) for run in (adversarial, two_ranks))
     for part in ("optimizer", "disc_optimizer"):
         a, b = ([state["exp_avg"] for state in saved[part]["state"].values()] for saved in (one, two))
         assert off_by(a, b) < 1e-3, part
@@ -371,8 +371,8 @@ def test_a_stop_asked_of_one_rank_stops_all(tmp_path):
 
 
 def test_a_compiled_decoder_trains_adversarially_to_the_same_losses(adversarial, tmp_path, photos):
-    run = train(tmp_path, photos, "--steps", 4, "--compile")
-    torch.testing.assert_close(losses(run, 1), losses(adversarial / "out/tiny", 1)[:4], rtol=1e-4, atol=1e-5)
+    run = train(tmp_path, photos, "--steps", 3, "--compile")
+    torch.testing.assert_close(losses(run, 1), losses(adversarial / "out/tiny", 1)[:3], rtol=1e-4, atol=1e-5)
 
 
 def test_no_epochs_measure_the_statistics_only(tmp_path, photos):
