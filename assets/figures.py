@@ -6,7 +6,7 @@
     python assets/figures.py stage2        # width, head, shift: trains 9 DiTs; then tau, after stage1
     python assets/figures.py latents       # RAE, VAE and pixels: one DiT^DH on each, by steps
     python assets/figures.py guidance      # the bundled demo under guidance, and best of N
-    python assets/figures.py beyond        # x-prediction and base heads: trains 10 DiTs
+    python assets/figures.py beyond        # x-prediction and base heads: trains 22 DiTs
 
 An ablation's rows are one command with one flag changed; its runs stay under out/ablations, so that a second
 start goes on. Pictures go to assets/ (curves need matplotlib).
