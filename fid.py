@@ -167,7 +167,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     L1^T L2, whose sum is Tr (S1 S2)^(1/2): no root of a matrix, nor of a rounding error below zero.
     """
     mu1, mu2, sigma1, sigma2 = (np.asarray(x, np.float64) for x in (mu1, mu2, sigma1, sigma2))
-    # max(0, nan) would be a perfect distance
+    # max(0.0, nan) is 0.0, a perfect distance
     shapes = mu1.shape * 2, mu2.shape * 2, sigma1.shape, sigma2.shape
     if len({*shapes}) > 1 or not all(np.isfinite(x).all() for x in (mu1, mu2, sigma1, sigma2)):
         raise UserError(f"statistics must be finite and of one dimension, these are {shapes[2]}, {shapes[3]}:"
@@ -176,7 +176,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     L2 = torch.from_numpy(root(sigma2))
     trace = torch.linalg.svdvals(L1.T @ L2).sum().item()  # of (S1 S2)^(1/2)
     distance = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace
-    return max(0.0, float(distance))  # of equal sides rounding may leave -1e-15
+    return max(0.0, float(distance))  # rounding may leave less than zero
 
 
 def inception_score(logits, splits=10):
@@ -299,7 +299,7 @@ def load_lpips(device="cpu", vgg=None):
 
     vgg: None for torchvision's weights from their home, the path of that file, or "random".
     """
-    import lpips  # here: it takes a second
+    import lpips  # wanted here alone
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it calls torchvision the old way
         net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)

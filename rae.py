@@ -154,7 +154,7 @@ class Folder(Dataset):
     keep their size; otherwise its item is None, which `good` leaves out.
     """
     def __init__(self, path, size, train=False, crop=False):
-        # Which files: broken or few ones are said before any work
+        # The files, class by class; each image once
         try:
             files = ImageFolder(path, allow_empty=True)  # class/name.jpg, sorted
         except (FileNotFoundError, NotADirectoryError):
