@@ -1,20 +1,20 @@
-"""The judge: how far generated images are from a reference, and reconstructions from their originals.
+"""The judge: how far generated images are from real ones, and copies from their originals.
 
-    FID = |mu1 - mu2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)),    mu, S: mean and covariance of a network's features
+    FID = |mu1 - mu2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)),   mu, S: mean, covariance of features
 
-The network of published figures is the 2015 TensorFlow Inception. `--features dinov2_b`, or `tiny`, offline,
-takes a frozen encoder's mean-pooled tokens instead, and the result is called `fd`.
+Published figures take the features of the 2015 TensorFlow Inception. `--features dinov2_b`, or
+`tiny`, offline, takes an encoder's mean-pooled tokens instead; the result is called `fd`.
 
-    python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz     # FID, Inception Score, precision, recall
-    python fid.py samples.npz shapes --features tiny              # FD, precision, recall, offline
+    python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz     # FID, IS, precision, recall
+    python fid.py samples.npz shapes --features tiny              # FD, precision, recall
     python fid.py --rae out/dinov2_b --data data/imagenet/val     # rFID, PSNR, SSIM, LPIPS
-    python fid.py --probe --features mae_b --data data/imagenet   # top-1 of a linear probe (Table 1d)
+    python fid.py --probe --features mae_b --data data/imagenet   # a linear probe's top-1
     torchrun --nproc_per_node=8 -- fid.py ...                     # the same figures, sooner
 
-One line of JSON: figures, n, reference, arithmetic, and warnings of what makes them incomparable.
-Images come as the `arr_0` of an .npz, uint8 (N,H,W,3), shuffled: N in all, B at a time, D features of each.
-Sources: FID Heusel 2017, Inception Score Salimans 2016, precision, recall Kynkaanniemi 2019, SSIM Wang 2004,
-all by the protocol of ADM (Dhariwal 2021), as in the paper (arXiv 2510.11690).
+One line of JSON: figures, n, reference, and warnings of what makes figures incomparable.
+Images come as the `arr_0` of an .npz, uint8 (N,H,W,3), shuffled. N images, D features of each.
+Sources: FID Heusel 2017, Inception Score Salimans 2016, precision, recall Kynkaanniemi 2019, SSIM
+Wang 2004, all by the protocol of ADM (Dhariwal 2021), as in the paper (arXiv 2510.11690).
 """
 import argparse
 import hashlib
@@ -38,8 +38,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.models import Inception3
 from tqdm import tqdm
 
-from rae import (BROKEN, ENCODERS, RAE, Folder, UserError, at_least, good, in_fp32, load_rae, load_strict,
-                 open_data, open_val, quiet_worker, read_image, read_weights, start, worker_count, writing)
+from rae import (BROKEN, ENCODERS, RAE, Folder, UserError, at_least, good, in_fp32, load_rae,
+                 load_strict, open_data, open_val, quiet_worker, read_image, read_weights, start,
+                 worker_count, writing)
 
 # Published weights, under the names that their makers gave them
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
@@ -48,20 +49,21 @@ VGG = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
 
 def download(url, otherwise):
-    """A published state dict, through torch's cache; without a network, a sentence that says what to do."""
+    """A published state dict, through torch's cache; otherwise: what takes that file."""
+    load = torch.hub.load_state_dict_from_url
     try:
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False, weights_only=True)
+        return load(url, map_location="cpu", progress=False, weights_only=True)
     except OSError as error:
-        raise UserError(f"cannot download {Path(url).name} ({error}): bring that file and name it with"
-                        f" {otherwise}") from None
+        raise UserError(f"cannot download {Path(url).name} ({error}): bring that file and name it"
+                        f" with {otherwise}") from None
 
 
 # The Inception network of FID
 
 def resize_tf1(x, side=299):
-    """(B,C,H,W) float -> (B,C,side,side) as TensorFlow 1 resized: bilinear, source = destination * in / out.
+    """(B,C,H,W) float -> (B,C,side,side) as TensorFlow 1 did: source = destination * in / out.
 
-    No half-pixel offset, no antialias: today's interpolations give another FID.
+    Bilinear, no half-pixel offset, no antialias: today's interpolations give another FID.
     """
     for dim in (2, 3):  # rows, then columns
         size = x.shape[dim]
@@ -74,7 +76,7 @@ def resize_tf1(x, side=299):
 
 
 class Inception(nn.Module):
-    """uint8 images (B,3,H,W) -> features (B,2048) of the last pooling, logits (B,1008) without the last bias.
+    """uint8 images (B,3,H,W) -> features (B,2048), logits (B,1008) without the last bias.
 
     weights: None for the usual download, the path of that file, "random", or a state dict.
     """
@@ -87,18 +89,19 @@ class Inception(nn.Module):
             weights = download(URL, "--inception-weights PATH, or judge by --features tiny")
         if weights != "random":
             state = weights if isinstance(weights, dict) else read_weights(weights)
-            # Counters of training, which that file does not have and inference does not read
-            unused = {k: v for k, v in net.state_dict().items() if k.endswith("num_batches_tracked")}
+            # Counters of training, which that file lacks and inference does not read
+            own = net.state_dict()
+            unused = {key: own[key] for key in own if key.endswith("num_batches_tracked")}
             load_strict(net, unused | state, "--inception-weights")
 
-        # torchvision's network pools otherwise than the one trained in 2015, which no weight can tell:
-        # there, the average pools of blocks A, C and the first E leave the padding out of the mean ...
+        # torchvision's network pools otherwise than that of 2015, which no weight can tell: there,
+        # the average pools of blocks A, C and the first E leave the padding out of the mean ...
         for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
             pooling = net.get_submodule(f"Mixed_{name}").branch_pool
             pooling.register_forward_pre_hook(self.without_padding)
         net.Mixed_7c.register_forward_hook(self.max_pooled)  # ... and the last E pools by maximum
 
-        # The Inception Score multiplies features with the last layer's matrix and leaves its bias out.
+        # The Inception Score leaves the last layer's bias out
         self.logits = nn.Linear(2048, 1008, bias=False)
         self.logits.weight = net.fc.weight
         net.fc = nn.Identity()
@@ -107,7 +110,8 @@ class Inception(nn.Module):
     @staticmethod
     def without_padding(conv, inputs):
         pooled, = inputs  # sums of up to 9 pixels, over 9
-        return pooled / F.avg_pool2d(torch.ones_like(pooled[:1, :1]), 3, stride=1, padding=1)
+        inside = torch.ones_like(pooled[:1, :1])
+        return pooled / F.avg_pool2d(inside, 3, stride=1, padding=1)
 
     @staticmethod
     def max_pooled(block, inputs, output):
@@ -117,7 +121,7 @@ class Inception(nn.Module):
 
     def forward(self, images):
         if images.dtype != torch.uint8:
-            raise UserError(f"Inception takes uint8 images, not {images.dtype}: round to 8 bits first")
+            raise UserError(f"Inception takes uint8 images, not {images.dtype}: round them")
         x = (resize_tf1(images.float()) - 128) / 128  # 128 and not 127.5, as it was trained
         features = self.net(x)                        # (B, 2048)
         return features, self.logits(features)
@@ -126,10 +130,10 @@ class Inception(nn.Module):
 # Metrics on features
 
 def moments(features):
-    """features (N,D) -> mean (D,), covariance (D,D) with ddof 1, numpy float64; two passes over blocks."""
+    """features (N,D) -> mean (D,), covariance (D,D) with ddof 1, numpy float64."""
     features = torch.as_tensor(features)
     if len(features) < 2:
-        raise UserError(f"{len(features)} image given, and a covariance needs at least 2: generate more")
+        raise UserError(f"{len(features)} image given, a covariance needs at least 2: add more")
     blocks = features.split(4096)  # in float64 one at a time
     mu = sum(rows.double().sum(0) for rows in blocks) / len(features)  # (D,)
     centred = (rows.double() - mu for rows in blocks)  # first: squares would cancel
@@ -138,9 +142,9 @@ def moments(features):
 
 
 def root(sigma, name="one side"):
-    """Covariance S (D,D) -> L (D,rank), S = L L^T; UserError, with the name, if S has negative eigenvalues.
+    """Covariance S (D,D) -> L (D,rank), S = L L^T; UserError if S has negative eigenvalues.
 
-    The pivoted Cholesky factorisation ends at the numerical rank: fewer samples than dimensions are fine.
+    Pivoted Cholesky ends at the numerical rank: fewer samples than dimensions are fine.
     """
     # sigma[pivots][:, pivots] = L L^T ...
     lower, pivots, rank, _ = lapack.dpstrf(sigma, lower=1)
@@ -148,30 +152,31 @@ def root(sigma, name="one side"):
     factor = np.empty((len(lower), rank))
     factor[pivots - 1] = lower  # rows back to their places, counted from 1
     rest = pivots[rank:] - 1
-    left = sigma[np.ix_(rest, rest)] - lower[rank:] @ lower[rank:].T  # ... if nothing is left of S
+    left = sigma[np.ix_(rest, rest)] - lower[rank:] @ lower[rank:].T  # ... if that is nothing
     if np.abs(left).max(initial=0) <= 1e-10 * np.abs(sigma).max():
         return factor
 
-    # A zero eigenvalue that was rounded, to float32 at worst, is a small negative one: a zero again.
+    # A zero eigenvalue, rounded to float32 at worst, is a small negative one: a zero again
     values, vectors = np.linalg.eigh(sigma)  # ascending
     if values[0] < -1e-5 * values[-1]:
-        raise UserError(f"the covariance of {name} has eigenvalues from {values[0]:.3g} to {values[-1]:.3g},"
-                        " and none may be negative: make its statistics anew")
+        raise UserError(f"the covariance of {name} has eigenvalues from {values[0]:.3g} to"
+                        f" {values[-1]:.3g}, none may be negative: make its statistics anew")
     return vectors * np.sqrt(values.clip(min=0))
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Squared Frechet distance of two Gaussians, >= 0; mu (D,), sigma (D,D).
 
-    With S1 = L1 L1^T and S2 = L2 L2^T the eigenvalues of S1 S2 are the squares of the singular values of
-    L1^T L2, whose sum is Tr (S1 S2)^(1/2): no root of a matrix, nor of a rounding error below zero.
+    With S1 = L1 L1^T and S2 = L2 L2^T the eigenvalues of S1 S2 are the squares of the singular
+    values of L1^T L2, whose sum is Tr (S1 S2)^(1/2): no root of a matrix or a rounding error.
     """
-    mu1, mu2, sigma1, sigma2 = (np.asarray(x, np.float64) for x in (mu1, mu2, sigma1, sigma2))
+    given = [np.asarray(x, np.float64) for x in (mu1, mu2, sigma1, sigma2)]
+    mu1, mu2, sigma1, sigma2 = given
     # max(0.0, nan) is 0.0, a perfect distance
-    shapes = mu1.shape * 2, mu2.shape * 2, sigma1.shape, sigma2.shape
-    if len({*shapes}) > 1 or not all(np.isfinite(x).all() for x in (mu1, mu2, sigma1, sigma2)):
-        raise UserError(f"statistics must be finite and of one dimension, these are {shapes[2]}, {shapes[3]}:"
-                        " make both with the same --features, from sound images")
+    shapes = {mu1.shape * 2, mu2.shape * 2, sigma1.shape, sigma2.shape}
+    if len(shapes) > 1 or not all(np.isfinite(x).all() for x in given):
+        raise UserError(f"statistics must be finite and of one dimension, these are {sigma1.shape},"
+                        f" {sigma2.shape}: make both with the same --features, of sound images")
     L1 = torch.from_numpy(root(sigma1))  # (D, rank)
     L2 = torch.from_numpy(root(sigma2))
     trace = torch.linalg.svdvals(L1.T @ L2).sum().item()  # of (S1 S2)^(1/2)
@@ -198,12 +203,12 @@ def squared_distances(a, b):
 
 
 def precision_recall(real, fake, k=3, block=2 ** 25):
-    """features (M,D), (N,D) -> shares (of fakes within the radius of any real, of reals within any fake's).
+    """features (M,D), (N,D) -> share of fakes within a real's radius, of reals within a fake's.
 
-    A radius is the distance to the k-th nearest neighbour other than itself. `block` distances are held.
+    A radius is the distance to the k-th nearest neighbour; `block`: distances held at a time.
     """
     if min(len(real), len(fake)) <= k:
-        raise UserError(f"{len(real)} and {len(fake)} images: {k} neighbours of each need at least {k + 1}")
+        raise UserError(f"{len(real)} and {len(fake)} images: {k} neighbours need {k + 1} of each")
     centre = real.mean(0)  # smaller norms, less cancellation
     real = real - centre
     fake = fake - centre
@@ -231,17 +236,17 @@ def precision_recall(real, fake, k=3, block=2 ** 25):
 
 
 def fit_probe(features, labels, decay=1e-4):
-    """features (N,D), labels (N,) -> a function (M,D) -> logits (M,C): logistic regression on standardised
-    features, by L-BFGS from zero."""
+    """features (N,D), labels (N,) -> a function (M,D) -> logits (M,C): logistic regression."""
     mean = features.mean(0)
     std = features.std(0) + 1e-6  # L-BFGS wants one scale; a constant feature stays 0
     x = (features - mean) / std
 
-    # The loss is convex: there is one answer, and zero is as good a start as any
+    # The loss is convex: zero is as good a start as any
     head = nn.Linear(features.shape[1], int(labels.max()) + 1).to(features.device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
-    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200,
+                                  line_search_fn="strong_wolfe")
 
     def loss():
         optimizer.zero_grad()
@@ -269,10 +274,11 @@ def psnr(a, b):
 
 
 def ssim(a, b):
-    """Structural similarity (B,), float64: Gaussian windows of 11 x 11, sigma 1.5, inside the image."""
+    """Structural similarity (B,), float64: Gaussian windows of 11 x 11, sigma 1.5."""
     if min(a.shape[2:]) < 11:
-        raise UserError(f"images of {tuple(a.shape[2:])} pixels, and SSIM's window needs at least 11 x 11")
-    window = torch.exp(-(torch.arange(11, device=a.device).double() - 5) ** 2 / (2 * 1.5 ** 2))
+        raise UserError(f"images of {tuple(a.shape[2:])} pixels, and SSIM needs at least 11 x 11")
+    offsets = torch.arange(11, device=a.device).double() - 5
+    window = torch.exp(-offsets ** 2 / (2 * 1.5 ** 2))
     window = (window / window.sum()).view(1, 1, 11, 1)  # down, then across: separable
 
     def blur(x):  # (B,3,H,W) -> (3B,1,H-10,W-10)
@@ -304,7 +310,7 @@ def load_lpips(device="cpu", vgg=None):
         warnings.simplefilter("ignore")  # it calls torchvision the old way
         net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     for linear in net.lins:
-        linear.forward = in_fp32(linear.forward)  # they weigh small differences, too fine for bf16
+        linear.forward = in_fp32(linear.forward)  # small differences, too fine for bf16
     # The five layers that weigh come with the package; the network beneath, VGG16, does not
     if vgg != "random":
         otherwise = "--lpips-vgg PATH (LPIPS), or train without LPIPS: --lpips-weight 0"
@@ -325,7 +331,7 @@ class Pictures(Folder):
     def __init__(self, path, files):
         # A resized image would be another image: all must have one size
         try:
-            sizes = {Image.open(file).size[::-1]: file.name for file in files}  # reads headers only
+            sizes = {Image.open(file).size[::-1]: file.name for file in files}  # by headers
         except BROKEN as error:
             raise UserError(f"{path}: {error}; every file there should be an image") from None
         if len(sizes) > 1:
@@ -358,30 +364,29 @@ class Array(Dataset):
 
 
 def map_images(path):
-    """`arr_0` of an .npz: mapped where it is stored as it is, so that eight ranks share one copy of its 10 GB
-    and each touches its own part; read where it is compressed."""
+    """`arr_0` of an .npz: mapped where it is stored as it is, so that eight ranks share one copy of
+    its 10 GB; else read."""
     with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
         info = archive.getinfo("arr_0.npy")
-        version = np.lib.format.read_magic(member)
-        if info.compress_type != zipfile.ZIP_STORED or version != (1, 0):
+        plain = info.compress_type == zipfile.ZIP_STORED
+        plain = plain and np.lib.format.read_magic(member) == (1, 0)
+        if plain:  # numpy's header, then the array
+            shape, turned, dtype = np.lib.format.read_array_header_1_0(member)
+            header = member.tell()
+            plain = not turned and not dtype.hasobject
+        if not plain:
             return np.load(path, allow_pickle=False)["arr_0"]
-
-        # What the array is, in numpy's header of it
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
-        if dtype.hasobject:
-            raise ValueError("it holds Python objects")  # a map would show addresses
-        header = member.tell()
         while dist.get_rank() == 0 and member.read(2 ** 24):
             pass  # to its end, where the checksum is compared, by one rank for all
 
-    # Where it begins: behind the archive's header of this member, whose length varies, and numpy's
-    lengths = np.fromfile(path, "<u2", 2, offset=info.header_offset + 26)  # of the member's name and extras
+    # It begins behind the archive's header of this member, whose length varies, and numpy's
+    lengths = np.fromfile(path, "<u2", 2, offset=info.header_offset + 26)  # of name and extras
     start = info.header_offset + 30 + int(lengths.sum()) + header
-    return np.memmap(path, dtype, "r", start, shape, "F" if fortran else "C")
+    return np.memmap(path, dtype, "r", start, shape)
 
 
 class Source(NamedTuple):
-    """GENERATED or REFERENCE: images, or statistics of their features, or both (ADM's files)."""
+    """GENERATED or REFERENCE: images, or statistics of their features, or both (ADM's)."""
     name: str = None
     images: Dataset = None
     arrays: dict = {}  # what else its file holds: mu, sigma, n, size, labels
@@ -393,8 +398,9 @@ class Source(NamedTuple):
 
 
 def open_source(path, size=None):
-    """The Source of that name. size [h, w]: of its partner's images, to which class folders are cropped."""
-    wanted = "give an .npz with arr_0 (uint8 images) or mu and sigma, a folder of images, or `shapes`"
+    """The Source of that name. size [h, w]: its partner's, to which class folders are cropped."""
+    wanted = ("give an .npz with arr_0 (uint8 images) or mu and sigma, a folder of images, or"
+              " `shapes`")
 
     # Drawn: 50,000 for training, 10,000 held out
     if path in ("shapes", "shapes/val"):
@@ -402,7 +408,7 @@ def open_source(path, size=None):
         images = open_data(path, side) if path == "shapes" else open_val("shapes", None, side)
         return Source(path, images)
 
-    # A folder: photographs in classes are cropped to their partner's size, else files are taken as they are
+    # A folder: class folders are cropped to their partner's size, else files taken as they are
     if Path(path).is_dir():
         if size and any(child.is_dir() for child in Path(path).iterdir()):
             inner = Path(path, "train")
@@ -418,8 +424,9 @@ def open_source(path, size=None):
         archive = np.load(path, allow_pickle=False)
         arrays = {name: archive[name] for name in archive.files if name != "arr_0"}
         images = map_images(path) if "arr_0" in archive.files else None
-    except (AttributeError, OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as an .npz archive ({error}): {wanted}") from None
+    except (AttributeError, OSError, ValueError, EOFError, zlib.error,
+            zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read as an .npz ({error}): {wanted}") from None
     if images is None and not {"mu", "sigma"} <= arrays.keys():
         raise UserError(f"{path} holds {', '.join(arrays) or 'nothing'}: {wanted}")
     return Source(path, None if images is None else Array(path, images), arrays)
@@ -439,12 +446,12 @@ def check(source, args):
 
     # Images: enough of them, and files that are there
     if images is not None and len(images) < 2:
-        raise UserError(f"{name}: {len(images)} image given, and a covariance needs at least 2: add more")
+        raise UserError(f"{name}: {len(images)} image given, a covariance needs at least 2: add more")
     for path, _ in getattr(images, "samples", ()):
         if not Path(path).exists():
             raise UserError(f"{path} is a link that leads nowhere: mend or remove it")
 
-    # Statistics: of these features, finite, and of something that can vary
+    # Statistics: of these features, and finite
     if "mu" in arrays:
         mu, sigma, _ = statistics(source)
         of = str(arrays.get("features", args.features))
@@ -452,23 +459,25 @@ def check(source, args):
         finite = np.isfinite(mu).all() and np.isfinite(sigma).all()
         if not fits or not finite:
             raise UserError(f"{name} holds statistics {mu.shape}, {sigma.shape} of {of}; --features"
-                            f" {args.features} needs {args.dim}, all finite: make both with the same")
+                            f" {args.features} needs {args.dim}, all finite: make both alike")
         root(sigma, name)  # refuses negative variances
 
 
 @torch.no_grad()
 def per_image(dataset, measure, batch, device, num=None):
-    """measure: uint8 images (b,3,H,W) -> (b,F). All rows (N,F) and labels (N,), in order, on every rank.
+    """measure: uint8 images (b,3,H,W) -> (b,F). All rows (N,F), labels (N,), on every rank.
 
-    Batches are cut from the whole and dealt to the ranks, each adding its rows to the zeros of the others:
-    the same batches, so the same figures, for any number of ranks. num: a fixed random choice of so many.
+    Batches are cut from the whole and dealt to the ranks: the same batches, so the same figures,
+    for any number of ranks. num: a fixed random choice of so many images.
     """
     # All batches, and this rank's
-    order = np.sort(np.random.RandomState(0).permutation(len(dataset))[:num]).tolist()  # as files lie
+    some = np.random.RandomState(0).permutation(len(dataset))[:num]
+    order = np.sort(some).tolist()  # as files lie
     items = [(index, row) for row, index in enumerate(order)]
     batches = [items[i:i + batch] for i in range(0, len(items), batch)]
-    loader = DataLoader(dataset, batch_sampler=batches[dist.get_rank()::dist.get_world_size()],
-                        num_workers=worker_count(dataset), collate_fn=good, worker_init_fn=quiet_worker)
+    mine = batches[dist.get_rank()::dist.get_world_size()]
+    loader = DataLoader(dataset, batch_sampler=mine, num_workers=worker_count(dataset),
+                        collate_fn=good, worker_init_fn=quiet_worker)
 
     # Measured
     done = []  # (rows, their part of the table)
@@ -480,19 +489,19 @@ def per_image(dataset, measure, batch, device, num=None):
         done.append((rows, torch.cat([values, labels[:, None].to(values), here], 1)))
         width.fill_(values.shape[1])
 
-    # One table for all
+    # One table for all: each rank adds its rows to the zeros of the others
     dist.all_reduce(width, dist.ReduceOp.MAX)  # for ranks without a batch
     table = torch.zeros(len(items), int(width) + 2, device=device)
     for rows, values in done:
         table[rows] = values
-    dist.all_reduce(table)  # each row is one rank's
+    dist.all_reduce(table)
 
     # Broken files: the same for all ranks, which end together
     lost = (table[:, -1] == 0).nonzero().flatten().tolist()
     if lost:
         path, _ = dataset.samples[order[lost[0]]]
-        raise UserError(f"{len(lost)} of {len(items)} images cannot be decoded (the first: {path}): mend or"
-                        " remove them, since without them a figure would be that of other images")
+        raise UserError(f"{len(lost)} of {len(items)} images cannot be decoded (the first: {path}):"
+                        " mend or remove them; without them a figure would be of other images")
     return table[:, :-2], table[:, -2].long()
 
 
@@ -504,7 +513,7 @@ def bare_encoder(args, device):
 
 
 def feature_function(args, device):
-    """What compares images: a function uint8 (b,3,H,W) -> (b,D), Inception's logits behind them."""
+    """What compares images: uint8 (b,3,H,W) -> (b,D), with Inception's logits behind them."""
     if args.features == "inception":
         network = Inception(args.inception_weights).to(device)
         return lambda images: torch.cat(network(images), 1)  # (b, D + 1008)
@@ -515,14 +524,14 @@ def feature_function(args, device):
 # The judges: figures, and warnings of what makes them incomparable
 
 def judge_samples(args, device):
-    """GENERATED against REFERENCE, or alone: FID or FD, Inception Score, precision and recall."""
+    """GENERATED against REFERENCE, or alone: FID or FD, IS, precision and recall."""
     # What is wrong is found out before the long work.
     generated = open_source(args.generated)
     reference = open_source(args.reference, generated.size) if args.reference else Source()
     for source in (generated, reference):
         check(source, args)
 
-    # Features of both sides. Statistics need none; images beside a reference's serve precision and recall.
+    # Features of both sides. Statistics need none; images beside them serve precision, recall
     measure = fake = real = None
     compared = reference.images is not None and "mu" not in reference.arrays
     if generated.images is not None or compared:
@@ -554,28 +563,23 @@ def judge_samples(args, device):
     labels = generated.arrays.get("labels", generated.arrays.get("arr_1", np.zeros(0)))
     _, counts = np.unique(labels, return_counts=True)
     if len({*counts.tolist()}) > 1:
-        said.append("classes are not equally frequent: published figures are class-balanced")
+        said.append("classes are not equally frequent, and published figures are balanced")
     if len(counts) > 1 and (np.diff(labels) >= 0).all():
-        said.append("the images are sorted by class, and the Inception Score's consecutive splits need them"
-                    " shuffled")
+        said.append("images are sorted by class, and the Inception Score needs them shuffled")
     if args.reference and Path(args.generated).resolve() == Path(args.reference).resolve():
         said.append(f"{args.generated} is compared with itself: no figure says anything")
     return report(args, figures, mine[2], generated, reference, saved, said)
 
 
 def judge_reconstructions(args, device):
-    """--rae's copies of --data against the originals, or GENERATED: rFID or rFD, PSNR, SSIM, LPIPS."""
+    """--rae's copies of --data against the originals: rFID or rFD, PSNR, SSIM, LPIPS."""
     # What is wrong is found out before the long work.
     rae = load_rae(args.rae, device)
     side = rae.output_size
     name = "shapes/val" if args.data == "shapes" else args.data  # as GENERATED would name it
-    images = open_val(None, args.data, side) or open_val(args.data, None, side)  # its val/, or itself
+    images = open_val(None, args.data, side) or open_val(args.data, None, side)  # val/, or all
     originals = Source(name, images)
-    reference = originals
-    if args.generated:
-        reference = open_source(args.generated, [side, side])
-    for source in (originals, reference):
-        check(source, args)
+    check(originals, args)
     measure = feature_function(args, device)
     said = []
     try:
@@ -586,58 +590,51 @@ def judge_reconstructions(args, device):
         perceptual = None
         said.append(f"no LPIPS: {error}")
 
-    # Copies are rounded to 8 bits, as a file would hold them, and measured beside their originals
-    def compare(images):  # uint8 (b,3,H,W) -> metrics (b,3), features of copies (b,D) and of originals
-        copies = rae.decode(rae.encode(images.float() / 255)).clamp(0, 1).mul(255).round().byte()
-        a, b = images.float() / 255, copies.float() / 255
+    # Copies are rounded to 8 bits, as a file would hold them, and measured beside originals
+    def compare(images):  # uint8 (b,3,H,W) -> metrics (b,3), features of both (b,2D)
+        a = images.float() / 255
+        copies = rae.decode(rae.encode(a)).clamp(0, 1).mul(255).round().byte()
+        b = copies.float() / 255
         lpips = perceptual(2 * a - 1, 2 * b - 1).flatten() if perceptual else 0 * psnr(a, b)
-        columns = [torch.stack([psnr(a, b), ssim(a, b), lpips], 1), measure(copies)[:, :args.dim]]
-        if not args.generated:
-            columns.append(measure(images)[:, :args.dim])
-        return torch.cat(columns, 1)
+        metrics = torch.stack([psnr(a, b), ssim(a, b), lpips], 1)
+        features = [measure(x)[:, :args.dim] for x in (copies, images)]
+        return torch.cat([metrics, *features], 1)
 
     rows, _ = per_image(originals.images, compare, args.batch, device, args.num)
     metrics, fake, real = rows.tensor_split([3, 3 + args.dim], 1)
-    # ... or against other originals
-    if args.generated and "mu" not in reference.arrays:
-        rows, _ = per_image(reference.images, measure, args.batch, device)
-        real = rows[:, :args.dim]
     if dist.get_rank():
-        return None
+        return None  # one rank reports
 
-    # Figures and warnings
-    saved = statistics(reference, real)
+    # Figures
+    saved = statistics(originals, real)
     figures = {"r" + args.figure: frechet_distance(*moments(fake), *saved[:2])}
     figures |= zip(("psnr", "ssim", "lpips"), metrics.double().mean(0).tolist())
     if not perceptual:
         figures["lpips"] = None
-    if args.generated and str(reference.arrays.get("source")) != originals.name:
-        said.append(f"{args.generated} was not made of {originals.name}, and published rFIDs compare with"
-                    " originals")
-    return report(args, figures, len(metrics), originals, reference, saved, said)
+    return report(args, figures, len(metrics), originals, originals, saved, said)
 
 
 def report(args, figures, n, judged, reference, saved, said):
-    """The line of JSON, and --save-stats. saved: (mu, sigma, n) of the reference, or of a GENERATED alone."""
+    """The line of JSON, and --save-stats. saved: REFERENCE's (mu, sigma, n), or GENERATED's."""
     # Statistics, for the next time
     size = reference.size or judged.size
     if args.save_stats:
         with writing(args.save_stats):
-            np.savez(args.save_stats, mu=saved[0], sigma=saved[1], n=saved[2] or 0, features=args.features,
-                     size=size or 0, source=reference.name or judged.name)
+            np.savez(args.save_stats, mu=saved[0], sigma=saved[1], n=saved[2] or 0,
+                     features=args.features, size=size or 0, source=reference.name or judged.name)
 
     # What makes figures incomparable
     least = min(n or np.inf, saved[2] or np.inf)
     if least <= args.dim:
-        said.append(f"n = {least} is not above the {args.dim} dimensions: a covariance lacks rank")
+        said.append(f"n = {least} is not above {args.dim} dimensions: a covariance lacks rank")
     if n not in (None, 50_000):
-        said.append("published figures have n = 50,000, and figures of another n do not compare")
+        said.append("published figures have n = 50,000, others do not compare with them")
     if judged.images is not None and (args.num or 0) > len(judged.images):
-        said.append(f"--num {args.num} is more than the {len(judged.images)} images that there are")
+        said.append(f"--num {args.num} is more than the {len(judged.images)} images there are")
     if judged.size and size != judged.size:
         said.append(f"the reference's images are {size} pixels and these {judged.size}")
     if getattr(reference.images, "small", False):
-        said.append(f"images of {reference.name} are smaller than {size} pixels, and were enlarged")
+        said.append(f"images of {reference.name} are below {size} pixels, and were enlarged")
     if "random" in (args.inception_weights, args.encoder_weights, args.rae and args.lpips_vgg):
         said.append("random weights: mechanics only")
 
@@ -657,7 +654,7 @@ def probe(args, device):
     train = open_data(args.data, rae.output_size)
     test = open_val(None, args.data, rae.output_size)
     if test is None or train.classes != test.classes:
-        raise UserError(f"--data {args.data}: a probe needs train/ and val/ in it, with the same classes")
+        raise UserError(f"--data {args.data}: a probe needs train/ and val/, of the same classes")
     train.train = False  # here, no neighbour takes a broken file's place
     for split in (train, test):
         check(Source(args.data, split), args)
@@ -669,11 +666,13 @@ def probe(args, device):
     x, y = per_image(train, pooled, args.batch, device, args.num)
     u, v = per_image(test, pooled, args.batch, device, args.num)
     top1 = linear_probe(x, y, u, v) if dist.get_rank() == 0 else None
-    return dict(probe_top1=top1, n=len(v), n_train=len(y), classes=len(test.classes), encoder=rae.name)
+    return dict(probe_top1=top1, n=len(v), n_train=len(y), classes=len(test.classes),
+                encoder=rae.name)
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     # what is judged
     add("generated", nargs="?", help="an .npz (arr_0; or mu, sigma), a folder, `shapes` or `shapes/val`")
@@ -684,8 +683,7 @@ def parse_args():
     add("--encoder-weights", metavar="PATH", help="those of --features, or `random` (default: pretrained)")
     add("--lpips-vgg", metavar="PATH", help="VGG16's weights for LPIPS, or `random` (default: downloaded)")
     # or what else
-    add("--rae", metavar="RUN", help="judge reconstructions of --data by a run folder, rae.pt or release:X\n"
-        "against the originals, or against statistics in GENERATED's place")
+    add("--rae", metavar="RUN", help="judge the copies of --data by a run folder, rae.pt or release:X")
     add("--data", metavar="VAL", help="class folders of held-out images, or `shapes`; --probe: train/, val/")
     add("--probe", action="store_true", help="top-1 of a linear probe on the tokens of --rae or --features")
     # how
@@ -695,17 +693,18 @@ def parse_args():
     args = parser.parse_args()
 
     # What goes together, and what must not be written over
-    fits = bool(args.rae or args.probe) == bool(args.data) and (args.data or args.generated)
-    ignored = args.data and args.reference or args.probe and (args.generated or args.save_stats)
-    if not fits or ignored:
-        parser.error("give GENERATED [REFERENCE], or [GENERATED] --rae and --data, or --probe and --data")
+    pairs = bool(args.generated) != bool(args.data) == bool(args.rae or args.probe)
+    ignored = args.data and args.reference or args.probe and args.save_stats
+    if not pairs or ignored:
+        parser.error("give GENERATED [REFERENCE], or --rae and --data, or --probe and --data")
     if args.probe and not args.rae and args.features == "inception":
-        parser.error(f"--probe needs an encoder: --rae RUN, or --features with one of {', '.join(ENCODERS)}")
+        parser.error("--probe needs an encoder: --rae RUN, or --features with one of"
+                     f" {', '.join(ENCODERS)}")
     if args.save_stats:
         args.save_stats = args.save_stats.removesuffix(".npz") + ".npz"  # as numpy would name it
         for path in (args.generated, args.reference):
             if path and Path(path).resolve() == Path(args.save_stats).resolve():
-                parser.error(f"--save-stats {args.save_stats} would overwrite {path}: name another file")
+                parser.error(f"--save-stats {args.save_stats} would overwrite {path}: name another")
         with writing(args.save_stats):
             Path(args.save_stats).parent.mkdir(parents=True, exist_ok=True)
     args.dim = 2048 if args.features == "inception" else ENCODERS[args.features].dim

@@ -1,12 +1,12 @@
 """The representation autoencoder (RAE): images in, latents out, images back.
 
-    images (B,3,H,W) in [0,1] -> resize, normalise -> frozen ViT encoder -> patch tokens, layer-normed
-        -> standardise per (position, channel) -> z (B,N,D)                                       RAE.encode
-    z (B,N,D) -> undo the standardisation -> ViT decoder -> undo the normalisation -> images      RAE.decode
+    RAE.encode: images (B,3,H,W) in [0,1] -> resize, normalise -> frozen ViT -> patch tokens,
+        layer-normed -> standardise per (position, channel) -> z (B,N,D)
+    RAE.decode: z -> undo the standardisation -> ViT decoder -> undo the normalisation -> images
 
-The encoder is pretrained and never trained here; train_decoder.py trains the decoder and writes rae.pt.
+The encoder is pretrained and frozen; train_decoder.py trains the decoder and writes rae.pt.
 
-    python rae.py photo.jpg --run out/dinov2_b       # originals above reconstructions: reconstruction.png
+    python rae.py photo.jpg --run out/dinov2_b       # originals above copies: reconstruction.png
     python rae.py photo.jpg --run release:dinov2_b   # with the paper's released decoder
 
 B images, N tokens, D channels of a token. Source: arXiv 2510.11690 ("the paper"), section 3.
@@ -44,10 +44,10 @@ from torchvision.utils import save_image
 ROOT = Path(__file__).parent
 
 
-# What every script here needs: errors of one sentence, numbers within bounds, fp32 where it matters
+# What every script needs: errors of one sentence, numbers within bounds, fp32 where it matters
 
 class UserError(SystemExit, ValueError):  # the interpreter prints it and exits with 1
-    """One sentence: what was given, what was expected, what to do. Ends a script without a traceback."""
+    """One sentence: what was given, what was wanted, what to do. No traceback."""
 
 
 def at_least(low, kind=int, most=math.inf):
@@ -63,34 +63,36 @@ def at_least(low, kind=int, most=math.inf):
 
 @contextmanager
 def writing(path):
-    """What cannot be written ends the run in a sentence; resuming is exact, so that little is lost."""
+    """What cannot be written ends the run in a sentence; resuming loses little."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{path} could not be written ({error}): make room, or name another place, and"
-                        " start the same command again") from None
+        raise UserError(f"{path} could not be written ({error}): make room, or name another"
+                        " place, and start the same command again") from None
 
 
 def check_picture(path):
-    """Refuse, before any work, a picture's name that is a folder or has no picture's extension."""
+    """Refuse, before any work, what cannot be a picture's name."""
     if Path(path).is_dir() or Path(path).suffix.lower() not in IMG_EXTENSIONS:
         raise UserError(f"--out {path} names no picture: give a file that ends in .png or .jpg")
 
 
 def in_fp32(function):
-    """Decorator: autocast is off, and tensors come in fp32, for what bf16's eight bits would spoil."""
+    """Decorator: no autocast, and bf16 tensors come in fp32: eight bits would spoil this."""
+    def widened(x):
+        return x.float() if torch.is_tensor(x) and x.dtype == torch.bfloat16 else x
+
     @wraps(function)
     def wrapped(*args):  # the last one is a tensor
-        args = [x.float() if torch.is_tensor(x) and x.dtype == torch.bfloat16 else x for x in args]
         with torch.autocast("cuda" if args[-1].is_cuda else "cpu", enabled=False):
-            return function(*args)
+            return function(*map(widened, args))
     return wrapped
 
 
-# Randomness belongs to a sample, not to a batch: ranks, accumulation and resuming then change nothing
+# Randomness belongs to a sample, not to a batch: ranks, accumulation, resuming change nothing
 
 def mix(*parts):
-    """Hash integers (ints or int64 tensors, broadcast) to uniform int64 in [0, 2^63): chained splitmix64."""
+    """Hash ints or int64 tensors, broadcast, to int64 in [0, 2^63): chained splitmix64."""
     def shift(h, bits):  # int64's >> keeps the sign: mask it away
         return (h >> bits) & ((1 << 64 - bits) - 1)
 
@@ -104,7 +106,7 @@ def mix(*parts):
 
 
 def normals(keys, count, device):
-    """keys (B,) int64 on the CPU -> (B, count) standard normals on the device, row i from keys[i] alone."""
+    """keys (B,) int64 on the CPU -> standard normals (B, count), row i from keys[i] alone."""
     rows = torch.empty(len(keys), count, device=device)
     generator = torch.Generator(device)  # one object, seeded anew for each row
     for row, key in zip(rows, keys.tolist()):
@@ -115,8 +117,8 @@ def normals(keys, count, device):
 # Images
 
 def center_crop(image, size):
-    """PIL image -> its centre, size x size, as ADM prepares ImageNet: halved by boxes, then bicubic."""
-    # Halving first is quicker, and gives ADM's pixels; bicubic alone gives others
+    """PIL image -> its centre, size x size, as ADM does it: halved by boxes, then bicubic."""
+    # Bicubic alone would give other pixels
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     sides = [round(side * size / min(image.size)) for side in image.size]
@@ -126,8 +128,8 @@ def center_crop(image, size):
 
 
 def random_crop(image, size, key):
-    """Stage 1's augmentation: the shorter side to 1.5 x size (384 for 256), then a crop drawn from key."""
-    image = TF.resize(image, size * 3 // 2, TF.InterpolationMode.BICUBIC)  # antialiased, as PIL does
+    """Stage 1's augmentation: the shorter side to 1.5 x size, then a crop drawn from key."""
+    image = TF.resize(image, size * 3 // 2, TF.InterpolationMode.BICUBIC)  # 384 for 256
     rng = np.random.default_rng(key)  # of the sample, wherever and whenever
     top = rng.integers(image.height - size + 1)
     left = rng.integers(image.width - size + 1)
@@ -148,25 +150,25 @@ BROKEN = (OSError, ValueError, SyntaxError, KeyError, IndexError, TypeError, str
 
 
 class Folder(Dataset):
-    """An ImageFolder tree, class/*.jpg: items (index, key) -> (uint8 image (3,size,size), label, key).
+    """An ImageFolder tree, class/*.jpg; items: (uint8 image (3,size,size), label, key).
 
-    A file that cannot be decoded is named once. In training the next one takes its place, so that batches
-    keep their size; otherwise its item is None, which `good` leaves out.
+    A file that cannot be decoded is named once. In training the next one takes its place, so that
+    batches keep their size; otherwise its item is None, which `good` leaves out.
     """
     def __init__(self, path, size, train=False, crop=False):
         # The files, class by class; each image once
         try:
             files = ImageFolder(path, allow_empty=True)  # class/name.jpg, sorted
         except (FileNotFoundError, NotADirectoryError):
-            raise UserError(f"{path}: no such folder, or no class folder in it: images are expected as"
-                            f" {path}/CLASS/*.jpg (of a flat folder, `mkdir {path}/all && mv {path}/*.*"
-                            f" {path}/all` makes one class); give another --data, or `--data shapes`"
+            raise UserError(f"{path}: no such folder, or no class folder in it: images are expected"
+                            f" as {path}/CLASS/*.jpg (of a flat folder, `mkdir {path}/all &&"
+                            f" mv {path}/*.* {path}/all` makes one class), or `--data shapes`"
                             ) from None
         if not files.samples:
             raise UserError(f"{path}: no image in any of its {len(files.classes)} class folders")
         places = {os.path.dirname(file) for file, _ in files.samples}
         if len({os.path.realpath(place) for place in places}) < len(places):
-            raise UserError(f"{path}: a link leads into a folder that is there already, so that its images"
+            raise UserError(f"{path}: a link leads into a folder that is there already, whose images"
                             " would be seen twice: remove the link")
 
         self.samples = files.samples  # [(path, label)]
@@ -174,7 +176,7 @@ class Folder(Dataset):
         self.size = size
         self.train = train
         self.crop = crop
-        # Seen by all workers, so that each is told once: broken files, and an image that is too small.
+        # What workers share, to tell each once: broken files, and that an image is too small
         self.broken = torch.zeros(len(self.samples), dtype=torch.bool).share_memory_()
         self.small = torch.zeros((), dtype=torch.bool).share_memory_()
 
@@ -187,7 +189,7 @@ class Folder(Dataset):
         if min(image.size) < self.size and not self.small:
             self.small.fill_(True)
             print(f"WARNING: {path} has {image.width} x {image.height} pixels, and is enlarged to"
-                  f" {self.size}; so are others like it, of which this line is the only one", flush=True)
+                  f" {self.size}, as are others like it", flush=True)
         if self.train and self.crop:
             return TF.pil_to_tensor(random_crop(image, self.size, key))
         return TF.pil_to_tensor(center_crop(image, self.size))
@@ -209,7 +211,7 @@ class Folder(Dataset):
 
 
 def open_data(data, size, crop=False):
-    """The training set: `shapes`, or an image folder, whose train/ is entered if there is one."""
+    """The training set: `shapes`, or an image folder (its train/, if there is one)."""
     if data == "shapes":
         from assets.shapes import Shapes
         return Shapes(size)
@@ -218,7 +220,7 @@ def open_data(data, size, crop=False):
 
 
 def open_val(val, data, size):
-    """The held-out set, never trained on: --val, held-out shapes, or DATA/val; None where there is none."""
+    """The held-out set, never trained on: --val, held-out shapes, DATA/val, or None."""
     if (val or data) == "shapes":
         from assets.shapes import Shapes
         return Shapes(size, first=50_000, count=10_000)  # training stops before them
@@ -228,39 +230,38 @@ def open_val(val, data, size):
 
 
 def worker_count(dataset, workers=None):
-    """Loader processes: as asked; else none for what is drawn, and for files this rank's share of the cores
-    that it may use, at most 8."""
+    """Loader processes: as asked; else none for what is drawn, for files a core each, up to 8."""
     if workers is not None:
         return workers
     if not hasattr(dataset, "samples"):
         return 0
-    allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)  # not on macOS
+    # The cores that this process may use; macOS does not say
+    allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)
     return min(8, max(1, len(allowed) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def quiet_worker(_):
-    """Loader processes leave signals to the main one: Ctrl-C, torchrun and SLURM signal all of them, and a
-    run whose loaders die cannot save."""
+    """Ctrl-C, torchrun, SLURM signal loader processes too: if they died, no run could save."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # they end with the main process
 
 
 def good(items):
-    """A batch of the items that are there, or None: broken files are left out."""
-    items = [item for item in items if item is not None]  # Folder gives None for a broken file
+    """A batch of the items that are there (Folder gives None for a broken file), or None."""
+    items = [item for item in items if item is not None]
     return default_collate(items) if items else None
 
 
 def spread(length, most=None):
-    """At most so many places all over a data set, whether its classes follow each other or take turns (of
-    which a bare stride of ten would find one alone)."""
-    count = min(length, most or length)  # of equal parts, a place further in each
+    """At most so many places all over a data set, whether its classes follow each other or not."""
+    # Of equal parts, a place further in each: a bare stride might meet one class alone
+    count = min(length, most or length)
     return [i * length // count + i % (length // count) for i in range(count)]
 
 
 def in_order(dataset, batch, device, rank=0, world=1, workers=None, most=None):
-    """Each image once, or `most` of them, spread; ranks take turns. Yields images (b,3,H,W) in [0,1], labels
-    (b,) and their numbers from 0 on, without broken files: who counts sees how many are missing."""
+    """Each image once, or `most` of them, spread; ranks take turns. Yields images (b,3,H,W) in
+    [0,1], labels (b,) and their numbers from 0 on, which broken files leave out."""
     # This rank's places, in batches
     items = [(place, i) for i, place in enumerate(spread(len(dataset), most))][rank::world]
     order = [items[i:i + batch] for i in range(0, len(items), batch)]
@@ -283,13 +284,13 @@ TINY = dict(img_size=32, patch_size=8, embed_dim=96, depth=4, num_heads=4)
 
 
 class Encoder(NamedTuple):
-    timm: str               # timm model name (sdvae: its repository); none: a token is a patch of pixels
+    timm: str               # timm's name (sdvae: its repository); none: tokens are pixels
     image: int              # for images of this side ...
     input: int              # ... the encoder's input has this one
     patch: int              # pixels per token in the encoder's input
     dim: int                # channels of a token
     pixels: tuple           # pixel mean and standard deviation
-    antialias: bool = True  # how the reference implementation resamples the position embedding
+    antialias: bool = True  # as the reference implementation resamples positions
     options: dict = {}      # what timm's model of that name lacks
 
     @property
@@ -316,20 +317,20 @@ ENCODERS = {  #            timm model                            image input pat
 
 
 def patchify(images, patch):
-    """(B,3,h*patch,w*patch) -> (B,h*w,3*patch*patch), a token's values ordered (row, column, channel)."""
+    """(B,3,h*patch,w*patch) -> (B,h*w,3*patch*patch): values by row, column, channel."""
     x = images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (B, 3, h, row, w, column)
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
 def unpatchify(x, patch):
-    """(B,N,3*patch*patch) -> (B,3,h*patch,w*patch), the inverse of patchify for square images."""
+    """(B,N,3*patch*patch) -> (B,3,h*patch,w*patch): patchify backwards, of square images."""
     side = math.isqrt(x.shape[1])
     x = x.unflatten(2, (patch, patch, 3)).unflatten(1, (side, side))  # (B, h, w, row, column, 3)
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
 class Patches(nn.Module):
-    """Encoder of pixels (the paper's Table 11): no network, a token is a patch; backwards: its decoder."""
+    """Encoder of pixels (Table 11): a token is a patch; backwards: its decoder."""
     def __init__(self, patch, backwards=False):
         super().__init__()
         self.patch = patch
@@ -340,43 +341,27 @@ class Patches(nn.Module):
 
 
 class SDVAE(nn.Module):
-    """Stable Diffusion's VAE, the paper's baseline: its posterior's mean, (B,3,h,w) -> (B,hw/256,16)."""
+    """Stable Diffusion's VAE: (B,3,h,w) -> its posterior's mean (B,hw/256,16)."""
     def __init__(self, **sizes):
         super().__init__()
         try:
             from diffusers import AutoencoderKL  # wanted here alone
         except ImportError:
             raise UserError("the encoder sdvae needs diffusers: pip install diffusers") from None
-        # Its decoder is not wanted: ours is trained
         vae = AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 4, **sizes)
-        self.encoder = vae.encoder
+        self.encoder = vae.encoder  # its decoder is not wanted: ours is trained
         self.quant_conv = vae.quant_conv
 
     def forward(self, x):
         mean, _ = self.quant_conv(self.encoder(x)).chunk(2, 1)  # each (B, 4, h/8, w/8)
         return 0.18215 * patchify(mean, 2)                      # about variance 1
 
-    def load(self, weights, flag):
-        """As build_encoder's weights; returns this encoder."""
-        if weights is None:
-            weights = fetch(ENCODERS["sdvae"].timm, "diffusion_pytorch_model.safetensors", flag)
-        if str(weights) == "random":
-            return self
-        state = weights if isinstance(weights, dict) else read_weights(weights)
-        state = {key: state[key] for key in state if key.startswith(("encoder.", "quant_conv."))}
-        # diffusers has renamed its attention since that file was written
-        renamed = dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0")
-        for old, new in renamed.items():
-            state = {key.replace(f".{old}.", f".{new}."): value for key, value in state.items()}
-        load_strict(self, state, "encoder sdvae")
-        return self
-
 
 class PatchNorm(nn.Module):
-    """An encoder's last layer: patch tokens alone, each of mean 0 and variance 1 over its channels.
+    """An encoder's last layer: patch tokens, each of mean 0 and variance 1 over its channels.
 
-    [CLS] and registers are dropped; the pretrained norm's scale and shift would be undone by the latent
-    statistics anyway, but the noise of stage 1 is measured against these tokens.
+    [CLS] and registers are dropped. The pretrained norm's scale and shift would be undone by
+    latent statistics anyway, but the noise of stage 1 is measured against these tokens.
     """
     def __init__(self, extra, eps):
         super().__init__()
@@ -388,37 +373,38 @@ class PatchNorm(nn.Module):
 
 
 def build_encoder(name, image_size, weights=None, flag="--encoder-weights PATH"):
-    """The frozen encoder, a function: normalised pixels (B,3,h,w) -> layer-normed patch tokens (B,N,D).
+    """The frozen encoder: normalised pixels (B,3,h,w) -> layer-normed patch tokens (B,N,D).
 
-    weights: None for the pretrained ones (timm's from the hub; `tiny`: bundled), "random", a state dict of
-    timm, DINOv2's or MAE's authors, or its path. Source: section 3 and the reference implementations.
+    weights: None for the pretrained ones (the hub's; `tiny`: bundled), "random", a state dict as
+    timm, diffusers, DINOv2's or MAE's authors write it, or its path. Source: section 3.
     """
-    # What is no ViT
     spec = ENCODERS[name]
     if not spec.timm:
         return Patches(spec.patch)  # nothing to load
+    grid = [image_size // spec.stride] * 2  # of tokens
     if name == "sdvae":
-        return SDVAE(**spec.options).load(weights, f"{flag} (encoder sdvae)").eval().requires_grad_(False)
+        model = SDVAE(**spec.options)
+        hub = spec.timm, "diffusion_pytorch_model.safetensors"
+        native = ()  # no positions
+    else:
+        # A ViT without its classifier, and with our last layer
+        model = timm.create_model(spec.timm, **dict(num_classes=0, global_pool="") | spec.options)
+        model.norm = PatchNorm(model.num_prefix_tokens, model.norm.eps)
+        hub = f"timm/{spec.timm}", "model.safetensors"
 
-    # A ViT without its classifier, and with our last layer
-    options = dict(num_classes=0, global_pool="") | spec.options
-    model = timm.create_model(spec.timm, **options)
-    model.norm = PatchNorm(model.num_prefix_tokens, model.norm.eps)  # without its affine part
+        # Its positions are resampled to our grid as the reference implementation does it
+        native = model.pos_embed.shape
+        extra = 0 if model.no_embed_class else model.num_prefix_tokens
+        resample = partial(resample_abs_pos_embed, new_size=grid, antialias=spec.antialias,
+                           num_prefix_tokens=extra)
+        model.pos_embed = nn.Parameter(resample(model.pos_embed.detach()))
+        model.patch_embed.set_input_size(img_size=grid[0] * spec.patch)
 
-    # The table of positions is resampled to our grid exactly as the reference implementation does it.
-    side = image_size // spec.stride  # of the token grid
-    native = model.pos_embed.shape    # in timm's file
-    resample = partial(resample_abs_pos_embed, new_size=[side, side], antialias=spec.antialias,
-                       num_prefix_tokens=0 if model.no_embed_class else model.num_prefix_tokens)
-    model.pos_embed = nn.Parameter(resample(model.pos_embed.detach()))
-    model.patch_embed.set_input_size(img_size=side * spec.patch)
-
-    # Weights: the bundled ones, timm's, or those that were named
-    if weights is None and name.startswith("tiny"):
-        weights = ROOT / f"assets/{name}.pt"
-    elif weights is None:
-        weights = fetch(f"timm/{spec.timm}", "model.safetensors", f"{flag} (encoder {name})")
-    if str(weights) != "random":  # random: timm's own initialisation
+    # Weights: the bundled ones, the hub's, or those that were named
+    if weights is None:
+        bundled = ROOT / f"assets/{name}.pt"  # tiny, tiny_vae
+        weights = bundled if bundled.exists() else fetch(*hub, f"{flag} (encoder {name})")
+    if str(weights) != "random":  # random: as it was initialised
         state = dict(unwrap(weights if isinstance(weights, dict) else read_weights(weights)))
         if "register_tokens" in state:  # DINOv2's own file: timm adds [CLS]'s position
             position, state["pos_embed"] = state["pos_embed"].tensor_split([1], 1)
@@ -426,10 +412,13 @@ def build_encoder(name, image_size, weights=None, flag="--encoder-weights PATH")
             state["reg_token"] = state.pop("register_tokens")
         if getattr(state.get("pos_embed"), "shape", None) == native:  # ours are saved resampled
             state["pos_embed"] = resample(state["pos_embed"].float())
-        # What a frozen encoder does not need: the norm's affine part, classifiers, MAE's own decoder
-        unused = ("norm.", "fc_norm.", "head", "attn_pool.", "decoder", "mask_token")
+        # diffusers has renamed its attention since its file was written
+        for old, new in dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0").items():
+            state = {key.replace(f".{old}.", f".{new}."): value for key, value in state.items()}
+        # Not needed: the norm's affine part, classifiers, MAE's decoder and the VAE's
+        unused = ("norm.", "fc_norm.", "head", "attn_pool.", "decoder", "mask_token", "post_quant")
         own = model.state_dict()
-        state = {key: value for key, value in state.items() if key in own or not key.startswith(unused)}
+        state = {k: v for k, v in state.items() if k in own or not k.startswith(unused)}
         load_strict(model, state, f"encoder {name}")
     return model.eval().requires_grad_(False)
 
@@ -437,7 +426,7 @@ def build_encoder(name, image_size, weights=None, flag="--encoder-weights PATH")
 # The decoder
 
 def sincos_2d(side, dim):
-    """MAE's fixed position embedding (side*side, dim): columns in the first half, rows in the second."""
+    """MAE's fixed position embedding (side*side, dim): first half columns, second half rows."""
     omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angles = torch.arange(side, dtype=torch.float64)[:, None] * omega  # (side, dim/4)
     axis = torch.cat([angles.sin(), angles.cos()], 1)  # (side, dim/2)
@@ -450,7 +439,7 @@ attention_in_fp32 = in_fp32(F.scaled_dot_product_attention)
 
 
 def attention(q, k, v):
-    """scaled_dot_product_attention (B,heads,N,head_dim); fp32 on CPUs, where bf16 is ten times slower."""
+    """scaled_dot_product_attention (B,heads,N,C); fp32 on CPUs, where bf16 is far slower."""
     if q.is_cuda:
         return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
     return attention_in_fp32(q, k, v)
@@ -465,7 +454,8 @@ class DecoderBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-12)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, mlp_hidden), nn.GELU(), nn.Linear(mlp_hidden, width))
+        layers = nn.Linear(width, mlp_hidden), nn.GELU(), nn.Linear(mlp_hidden, width)
+        self.mlp = nn.Sequential(*layers)
 
     def forward(self, x):
         qkv = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1))  # (B, N, 3, heads, C)
@@ -483,18 +473,19 @@ DECODERS = {
 
 
 class Decoder(nn.Module):
-    """MAE's ViT decoder: tokens (B,N,D) -> normalised pixels (B,3,h*patch,w*patch). Source: appendix."""
+    """MAE's ViT decoder: tokens (B,N,D) -> normalised pixels (B,3,h*patch,w*patch) (appendix)."""
     def __init__(self, tokens, token_dim, width, depth, heads, mlp_hidden, patch):
         super().__init__()
         side = math.isqrt(tokens)
         if width % heads or width % 4 or side ** 2 != tokens:
-            raise UserError(f"no decoder of width {width}, {heads} heads on {tokens} tokens: the width must"
-                            " be a multiple of the heads and of 4, and the tokens must form a square")
+            raise UserError(f"no decoder of width {width}, {heads} heads on {tokens} tokens: a"
+                            " multiple of the heads and of 4, and a square, are needed")
         self.patch = patch
         self.embed = nn.Linear(token_dim, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.register_buffer("pos_embed", sincos_2d(side, width), persistent=False)
-        self.blocks = nn.ModuleList(DecoderBlock(width, heads, mlp_hidden) for _ in range(depth))
+        blocks = (DecoderBlock(width, heads, mlp_hidden) for _ in range(depth))
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width, eps=1e-12)
         self.predict = nn.Linear(width, 3 * patch * patch)
 
@@ -512,8 +503,8 @@ class Decoder(nn.Module):
 class RAE(nn.Module):
     """Frozen encoder, latent statistics, decoder. Weights come by load_encoder and load_rae alone.
 
-    encoder: a name in ENCODERS; decoder: one in DECODERS or a dict of such sizes; image_size: the images',
-    decoded at image_size * upsample.
+    encoder: a name in ENCODERS; decoder: one in DECODERS, or a dict of such sizes; image_size: the
+    side of images, which are decoded at image_size * upsample.
     """
     def __init__(self, encoder="dinov2_b", decoder="XL", image_size=256, upsample=1):
         super().__init__()
@@ -527,10 +518,12 @@ class RAE(nn.Module):
         self.spec = ENCODERS[encoder]
         self.stride = self.spec.stride
         if image_size % self.stride:
-            raise UserError(f"image size {image_size} misfits {encoder}: use a multiple of {self.stride}")
+            raise UserError(f"image size {image_size} misfits {encoder}: use a multiple of"
+                            f" {self.stride}")
         self.image_size = image_size
         self.upsample = upsample
-        self.config = dict(encoder=encoder, decoder=dict(sizes), image_size=image_size, upsample=upsample)
+        self.config = dict(encoder=encoder, decoder=dict(sizes), image_size=image_size,
+                           upsample=upsample)
         self.num_tokens = (image_size // self.stride) ** 2  # N
         self.token_dim = self.spec.dim  # D
         self.output_size = image_size * upsample  # side of what is decoded
@@ -540,7 +533,8 @@ class RAE(nn.Module):
         # Its decoder; the encoder comes later, or never
         self.encoder = None
         if self.spec.timm:
-            self.decoder = Decoder(self.num_tokens, self.token_dim, patch=self.stride * upsample, **sizes)
+            patch = self.stride * upsample  # pixels of a decoded token
+            self.decoder = Decoder(self.num_tokens, self.token_dim, patch=patch, **sizes)
         elif upsample == 1:
             self.decoder = Patches(self.stride, backwards=True)  # exact: nothing to train
         else:
@@ -555,7 +549,8 @@ class RAE(nn.Module):
 
     def load_encoder(self, weights=None, flag="--encoder-weights PATH"):
         """Build the encoder from `weights` (see build_encoder); returns this autoencoder."""
-        self.encoder = build_encoder(self.name, self.image_size, weights, flag).to(self.mean.device)
+        encoder = build_encoder(self.name, self.image_size, weights, flag)
+        self.encoder = encoder.to(self.mean.device)
         return self
 
     @property
@@ -564,23 +559,23 @@ class RAE(nn.Module):
 
     @torch.no_grad()
     def tokens(self, images):
-        """images (B,3,H,W) in [0,1] -> layer-normed patch tokens (B,N,D), fp32 (TF32) under autocast too."""
+        """images (B,3,H,W) in [0,1] -> layer-normed patch tokens (B,N,D), always fp32."""
         if self.encoder is None:
-            raise UserError("no encoder here: load_encoder() builds it (this RAE was loaded to decode)")
+            raise UserError("this RAE was loaded to decode: load_encoder() builds its encoder")
         if images.shape[-1] == self.output_size:
             images = F.avg_pool2d(images, self.upsample)  # --upsample: down to image_size
         side = self.image_size // self.stride * self.spec.patch  # what the encoder takes
         if images.shape[-2:] != (side, side):
-            images = F.interpolate(images, (side, side), mode="bicubic", align_corners=False, antialias=False)
+            images = F.interpolate(images, (side, side), mode="bicubic")
         return in_fp32(self.encoder)((images - self.pixel_mean) / self.pixel_std)
 
     def encode(self, images):
-        """images (B,3,H,W) in [0,1] -> z (B,N,D), standardised per position and channel; deterministic."""
+        """images (B,3,H,W) in [0,1] -> z (B,N,D), standardised by position and channel."""
         x = self.tokens(images)            # (B, N, D)
         return (x - self.mean) / self.std  # z: (B, N, D)
 
     def decode(self, z, decoder=None):
-        """z (B,N,D) -> images (B,3,H',W') around [0,1], unclamped; decoder: another (EMA, DDP) than ours."""
+        """z (B,N,D) -> images (B,3,H',W'), not clamped to [0,1]; decoder: EMA's or DDP's."""
         x = z * self.std + self.mean                 # (B, N, D)
         x = (decoder or self.decoder)(x)             # (B, 3, H', W')
         return x * self.pixel_std + self.pixel_mean  # (B, 3, H', W')
@@ -589,20 +584,20 @@ class RAE(nn.Module):
 # Files: ours, and the hub's
 
 def fetch(repo, file, flag):
-    """The local path of a hub file, through the hub's cache; without a network, a sentence that names `flag`,
-    which takes the file instead."""
+    """The local path of a hub file, through the hub's cache; flag: what takes it instead."""
     import huggingface_hub
-    huggingface_hub.utils.logging.set_verbosity_error()  # the sentence below instead of every retry
+    huggingface_hub.utils.logging.set_verbosity_error()  # one sentence, not every retry
     try:
         return Path(huggingface_hub.hf_hub_download(repo, file))
     except OSError as error:
-        raise UserError(f"cannot fetch {file} of {repo} from the Hugging Face hub ({type(error).__name__});"
-                        f" without a network, bring that file yourself and name it with {flag}") from None
+        raise UserError(f"cannot fetch {file} of {repo} from the Hugging Face hub"
+                        f" ({type(error).__name__}); without a network, bring that file yourself and"
+                        f" name it with {flag}") from None
 
 
 def read_weights(path):
-    """What a .safetensors or torch file holds, read without running code from it. torch's own are mapped,
-    not read: eight ranks share one copy, and sampling reads a quarter, the averaged weights."""
+    """What a .safetensors or torch file holds, read without running code from it. torch's are mapped:
+    eight ranks share one copy, and sampling reads a quarter of it, the averaged weights."""
     try:
         if Path(path).suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -615,10 +610,11 @@ def read_weights(path):
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # torch and safetensors have many kinds
-        foreign = isinstance(error, (pickle.UnpicklingError, KeyError, AttributeError, ValueError))
-        what = "is no checkpoint that can be read without running code from it" if foreign \
-            else "is cut short or damaged, copy or download it again"
-        raise UserError(f"{path} {what} ({type(error).__name__}: {str(error):.80})".splitlines()[0]) from None
+        what = "is cut short or damaged, copy or download it again"
+        if isinstance(error, (pickle.UnpicklingError, KeyError, AttributeError, ValueError)):
+            what = "is no checkpoint that can be read without running code from it"
+        said = f"{path} {what} ({type(error).__name__}: {str(error):.80})"
+        raise UserError(said.splitlines()[0]) from None
 
 
 def unwrap(state):
@@ -627,12 +623,12 @@ def unwrap(state):
 
 
 def load_strict(module, state, what):
-    """load_state_dict, with one sentence that names the keys that are missing, foreign or misshapen."""
-    own = module.state_dict()  # names and shapes that are wanted
+    """load_state_dict, with one sentence that names what is missing, foreign or misshapen."""
+    own = {key: value.shape for key, value in module.state_dict().items()}
     shape = {key: getattr(value, "shape", None) for key, value in state.items()}
-    wrong = {"missing": own.keys() - state.keys(),
-             "foreign": state.keys() - own.keys(),
-             "misshapen": {key for key in own.keys() & state.keys() if own[key].shape != shape[key]}}
+    wrong = {"missing": own.keys() - shape.keys(),
+             "foreign": shape.keys() - own.keys(),
+             "misshapen": {key for key in own.keys() & shape.keys() if own[key] != shape[key]}}
     said = []
     for kind, keys in wrong.items():
         if keys:
@@ -645,36 +641,36 @@ def load_strict(module, state, what):
 
 def newest(name):
     """The newest out/*/name, else the bundled demo's."""
-    return max(Path("out").glob(f"*/{name}"), key=os.path.getmtime, default=ROOT / "assets/demo" / name)
+    demo = ROOT / "assets/demo" / name
+    return max(Path("out").glob(f"*/{name}"), key=os.path.getmtime, default=demo)
 
 
 def locate(path_or_name, file):
-    """Where a run's `file` (rae.pt, dit.pt) is: the one place that knows what may be named as a run.
-
-    release:NAME, converted to our format when it is first used; a run's folder; or the file itself.
-    """
+    """Where a run's `file` (rae.pt, dit.pt) is, for all that may be named as a run: release:NAME,
+    converted to our format on first use; a run's folder; the file itself."""
     if str(path_or_name).startswith("release:"):
         from assets.release import release
         found = release(str(path_or_name).removeprefix("release:")) / file
         if not found.is_file():
-            raise UserError(f"{path_or_name} has no {file}: python assets/release.py lists what is there")
+            raise UserError(f"{path_or_name} has no {file}: python assets/release.py lists all")
         return found
     path = Path(path_or_name)
     return path / file if path.is_dir() else path
 
 
 def load_rae(path_or_name, device="cpu", decode_only=False):
-    """An RAE for use (EMA decoder, eval mode): from a rae.pt, its run's folder or release:NAME; decode_only:
-    without its encoder, which sampling never needs."""
+    """An RAE for use (EMA decoder, eval mode): from a rae.pt, its run's folder or release:NAME.
+    decode_only: without its encoder, as sampling needs it."""
     path = locate(path_or_name, "rae.pt")
     saved = read_weights(path)
     if not {"config", "mean", "var", "ema"} <= saved.keys():
-        raise UserError(f"{path} is no rae.pt, as train_decoder.py writes it (a dit.pt? a released file?"
-                        " `release:NAME` reads those)")
+        raise UserError(f"{path} is no rae.pt, as train_decoder.py writes it (a dit.pt? a released"
+                        " file? `release:NAME` reads those)")
 
     # First its shape, then what it has learned
     rae = RAE(**saved["config"])
-    load_strict(rae.decoder, {key: value.float() for key, value in saved["ema"].items()}, str(path))
+    averaged = {key: value.float() for key, value in saved["ema"].items()}
+    load_strict(rae.decoder, averaged, str(path))
     rae.mean.copy_(saved["mean"])  # (N, D)
     rae.var.copy_(saved["var"])    # (N, D)
     rae.data = saved.get("data")
@@ -685,13 +681,12 @@ def load_rae(path_or_name, device="cpu", decode_only=False):
 
 
 def default_data(rae):
-    """What an autoencoder was trained on; where it does not say, what its recipe takes."""
+    """What an autoencoder was trained on; if it does not say, what its recipe takes."""
     return rae.data or ("shapes" if rae.name.startswith("tiny") else "data/imagenet")
 
 
 def save_checkpoint(path, **state):
-    """Write a checkpoint of plain types through a temporary file: a killed process, or a full disk, leaves
-    the last good one."""
+    """Write plain types through a temporary file: a killed process leaves the last one."""
     path = Path(path)
     temporary = Path(f"{path}.tmp")
     versions = dict(torch=str(torch.__version__), timm=timm.__version__)
@@ -710,7 +705,7 @@ def save_checkpoint(path, **state):
 # Processes
 
 def start():
-    """Join torchrun's process group, or make one of a single process: (device, rank, world size)."""
+    """Join torchrun's process group, or make one for itself: (device, rank, world size)."""
     # A GPU for each process, where there are any
     torch.set_float32_matmul_precision("high")  # TF32 where there is such a thing
     device = torch.device("cpu")
@@ -723,8 +718,8 @@ def start():
     # One way for one process and many: no loop asks whether it is alone
     if not dist.is_initialized():
         if "RANK" not in os.environ:
-            options |= dict(store=dist.HashStore(), rank=0, world_size=1)  # a group of one, no network
-        # While rank 0 saves or draws, the others wait: longer than NCCL's ten minutes, if it must be.
+            options |= dict(store=dist.HashStore(), rank=0, world_size=1)  # no network
+        # While rank 0 saves, the others wait: longer than NCCL's ten minutes, if it must be
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=1), **options)
         atexit.register(leave)
@@ -732,11 +727,11 @@ def start():
 
 
 def leave():
-    """End the process group after everything that refers to it, at exit, however a script ended.
+    """End the process group after all that refers to it, at exit, however a script ended.
 
-    What ends gloo's threads must not hold the interpreter's lock, for which such a thread may wait: else the
-    finished run hangs for ever. A DDP wrapper that dies last holds it, and in torch 2.6 the group as well;
-    the Python object of the group's backend releases it. So that one has to be the last.
+    What ends gloo's threads must not hold the interpreter's lock, for which such a thread may wait:
+    else the finished run hangs for ever. A DDP wrapper that dies last holds it, in torch 2.6 the
+    group as well; the Python object of the group's backend releases it: it has to be the last.
     """
     for name in ("last_exc", "last_value", "last_traceback"):  # an error's frames hold DDP
         vars(sys).pop(name, None)
@@ -749,17 +744,17 @@ def leave():
 
 
 def enlarged(images):
-    """Images (B,3,h,w) of few pixels, each pixel as a square, so that a person sees them."""
-    zoom = max(1, 96 // images.shape[-1])  # whole pixels: nothing is smoothed
+    """Images (B,3,h,w) of few pixels, each as a square, so that a person sees them."""
+    zoom = max(1, 96 // images.shape[-1])  # whole: nothing is smoothed
     return images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
 
 
 def main():
     parser = argparse.ArgumentParser(description="Reconstruct images with an RAE.")
-    parser.add_argument("images", nargs="+", help="image files")
-    parser.add_argument("--run", help="run folder, rae.pt or release:NAME (default: the newest of out/, else"
-                        " the bundled demo)")
-    parser.add_argument("--out", default="reconstruction.png", help="the picture (default: %(default)s)")
+    add = parser.add_argument
+    add("images", nargs="+", help="image files")
+    add("--run", help="run folder, rae.pt or release:NAME (default: newest in out/, else the demo)")
+    add("--out", default="reconstruction.png", help="the picture (default: %(default)s)")
     args = parser.parse_args()
     args.run = args.run or newest("rae.pt")
     check_picture(args.out)
@@ -774,7 +769,7 @@ def main():
         except BROKEN as error:
             raise UserError(f"cannot read {path}: {error}") from None
         if min(image.size) < side:
-            print(f"WARNING: {path} has {image.width} x {image.height} pixels, and is enlarged to {side}")
+            print(f"WARNING: {path}: {image.width} x {image.height} pixels, enlarged to {side}")
         images.append(TF.to_tensor(center_crop(image, side)))
     images = torch.stack(images).to(rae.mean.device)  # (B, 3, H, W)
 
@@ -786,8 +781,9 @@ def main():
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         save_image(enlarged(torch.cat([images, copies])), args.out, nrow=len(images))
     trained = f", trained for {rae.step} steps" if rae.step else ""
-    print(f"wrote {args.out}: originals above reconstructions by {args.run}{trained}, mean PSNR {psnr:.2f} dB"
-          f" over {len(images)} images. Next: python fid.py --rae {args.run} --data {default_data(rae)}")
+    print(f"wrote {args.out}: originals above reconstructions by {args.run}{trained}, mean PSNR"
+          f" {psnr:.2f} dB over {len(images)} images."
+          f" Next: python fid.py --rae {args.run} --data {default_data(rae)}")
 
 
 if __name__ == "__main__":

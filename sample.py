@@ -1,14 +1,14 @@
-"""Sampling: integrate a DiT's velocity from noise (t = 1) to latents (t = 0) by Euler steps, and decode them.
+"""Sampling: integrate a DiT's velocity from noise (t = 1) to latents (t = 0), and decode them.
 
     z <- z - (t - t') v(z, t),   v = v_other + scale (v - v_other) under guidance
 
-    python sample.py                                     # the newest run or the bundled demo -> samples.png
+    python sample.py                                     # out/'s newest run, or the bundled demo
     python sample.py --classes star heart --scale 1.5    # two classes, classifier-free guidance
-    python sample.py --best-of 4                         # decodes the best of 4 latents by a linear probe
-    torchrun --nproc_per_node=8 -- sample.py --run release:imagenet256 --npz samples.npz --num 50000
+    python sample.py --best-of 4                         # decodes the best of 4 latents
+    torchrun --nproc_per_node=8 -- sample.py --run release:imagenet256 --npz samples.npz
 
-An image is a function of (seed, its index, the model), whatever the batch size or the number of ranks.
-B images, N tokens, D channels of a token, y labels, v velocity. Source: arXiv 2510.11690, section 5.
+An image is a function of (seed, its index, the model), whatever the batch or the number of ranks.
+B images, N tokens, D channels of a token, y labels. Source: arXiv 2510.11690, section 5.
 """
 import argparse
 import os
@@ -25,28 +25,28 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from fid import fit_probe, per_image
-from rae import (UserError, at_least, check_picture, default_data, enlarged, in_fp32, load_rae, locate,
-                 mix, newest, normals, open_data, start, writing)
+from rae import (UserError, at_least, check_picture, default_data, enlarged, in_fp32, load_rae,
+                 locate, mix, newest, normals, open_data, start, writing)
 from train_dit import DiT, conditional, euler, load_dit, sample_times
 
 
 # Guidance
 
 def guided(model, y, scale=1.0, weak=None, interval=(0, 1)):
-    """velocity(z, t) for the labels y (B,): plain (scale 1), classifier-free, or guided by a weaker model.
+    """velocity(z, t) for the labels y (B,): plain (scale 1), or guided.
 
-    v_other + scale (v - v_other), v_other from the null label, from `weak`, or, weak "self", from the model's
-    own base head, in the same pass; outside `interval`: v. What the other is worse at, the sum overdoes in
-    the better direction (AutoGuidance, Karras 2024).
+    v_other + scale (v - v_other), v_other from the null label (classifier-free), from `weak`, or,
+    weak "self", from the model's own base head, in the same pass; outside `interval`: v. What the
+    other is worse at, the sum overdoes in the better direction (AutoGuidance, Karras 2024).
     """
     if weak == "self":
         check_base_head(model)
-    # The model, and who may be the other: itself at a smaller depth, another, or itself without a label
+    # The model, and the other: itself at a smaller depth, another, or itself without a label
     plain = conditional(model, y)
     inner = conditional(model, y, True) if weak == "self" else None  # v and base v, one pass
     other = conditional(weak, y) if weak is not None and not inner else None
     null = torch.full_like(y, model.num_classes)     # no class
-    both = conditional(model, torch.cat([y, null]))  # classifier-free: one pass, a batch of 2B
+    both = conditional(model, torch.cat([y, null]))  # one pass, a batch of 2B
 
     def velocity(z, t):
         # Nobody else is asked where it would change nothing
@@ -65,19 +65,19 @@ def guided(model, y, scale=1.0, weak=None, interval=(0, 1)):
 def check_base_head(model):
     """Refuse what cannot guide itself."""
     if not getattr(model, "base_head", 0):
-        raise UserError("this model has no base head that could guide it: train one with train_dit.py"
-                        " --base-head, or name another --guide")
+        raise UserError("this model has no base head that could guide it: train one with"
+                        " train_dit.py --base-head, or name another --guide")
 
 
 @torch.no_grad()
-def generate(model, rae, labels, keys, alpha, steps=50, scale=1.0, weak=None, interval=(0, 1), probe=None,
-             best_of=1):
-    """labels (B,), keys (B,) -> images (B,3,H,W) in [0,1]; noise is drawn on the CPU for every device.
+def generate(model, rae, labels, keys, alpha, steps=50, scale=1.0, weak=None, interval=(0, 1),
+             probe=None, best_of=1):
+    """labels (B,), keys (B,) -> images (B,3,H,W) in [0,1].
 
-    best_of: so many latents for each image, of which the one is decoded that `probe`, tokens' means (M,D) ->
-    logits (M,C), finds the likeliest of its label: latents are representations (arXiv 2601.16208).
+    best_of: so many latents for each image, of which the one is decoded that `probe`, mean tokens
+    (M,D) -> logits (M,C), finds likeliest: latents are representations (arXiv 2601.16208).
     """
-    # Noise belongs to an image: drawn from its key, best_of draws in a row
+    # Noise belongs to an image: drawn from its key, on the CPU for every device
     device = rae.mean.device
     if best_of > 1:  # each image's first: what best_of = 1 draws
         keys = torch.stack([keys] + [mix(keys, j) for j in range(1, best_of)], 1).flatten()
@@ -87,10 +87,10 @@ def generate(model, rae, labels, keys, alpha, steps=50, scale=1.0, weak=None, in
     noise = noise.view(-1, rae.num_tokens, rae.token_dim).to(device)
     z = euler(guided(model, labels, scale, weak, interval), noise, sample_times(steps, alpha))
 
-    # The probe was fitted to mean tokens of real images: generated latents are such tokens already
+    # The probe was fitted to mean tokens of real images; generated latents are tokens already
     if best_of > 1:
         means = (z * rae.std + rae.mean).mean(1)  # (B best_of, D)
-        fits = in_fp32(probe)(means).double().log_softmax(1)  # in bf16 a sure probe ties all
+        fits = in_fp32(probe)(means).double().log_softmax(1)  # in bf16 all would tie
         fits = fits.gather(1, labels[:, None]).view(-1, best_of)  # (B, best_of)
         z = z.unflatten(0, (-1, best_of))  # (B, best_of, N, D)
         z = z[torch.arange(len(z), device=device), fits.argmax(1)]
@@ -100,8 +100,8 @@ def generate(model, rae, labels, keys, alpha, steps=50, scale=1.0, weak=None, in
 # Which classes
 
 def balanced_label(seed, index, num_classes):
-    """Labels (B,) of image indices (B,): every block of num_classes indices is a shuffle of all classes,
-    drawn from (seed, block); so the set is balanced and shuffled, and stays so if cut or made longer."""
+    """Labels (B,) of image indices (B,): each block of num_classes indices is a shuffle of all
+    classes, drawn from (seed, block); so the set is balanced and shuffled, also if cut."""
     def shuffle(block):
         generator = torch.Generator().manual_seed(int(mix(seed, 1, block)))
         return torch.randperm(num_classes, generator=generator)
@@ -111,7 +111,7 @@ def balanced_label(seed, index, num_classes):
 
 
 def pick_classes(names, classes):
-    """Class names or indices that a user gave -> indices; `none`: the null class; None: ten of them all."""
+    """Class names or indices that a user gave -> indices; `none`: the null class; None: ten."""
     if names == ["none"]:
         return [len(classes)]
 
@@ -130,12 +130,12 @@ def pick_classes(names, classes):
 
 
 def fit_to(rae, data, columns, device):
-    """The probe of --best-of: a linear classifier of 50 images per class of `data`, and at least 10,000."""
+    """The probe of --best-of: a linear classifier, of 50 images per class and at least 10,000."""
     # Labels must mean what they mean to the model
     dataset = open_data(data, rae.image_size)
     if max(columns) >= len(dataset.classes):
-        raise UserError(f"--best-of needs a class, and an image folder of the model's classes as --data:"
-                        f" {data} has {len(dataset.classes)}")
+        raise UserError("--best-of needs a class, and an image folder of the model's classes as"
+                        f" --data: {data} has {len(dataset.classes)}")
 
     # On real images; what it is shown later are generated latents
     def pooled(images):  # uint8 (b,3,H,W) -> (b,D)
@@ -166,7 +166,8 @@ def parse_args(argv=None):
 
     # What does not go together
     if args.interval and args.interval[0] > args.interval[1]:
-        parser.error(f"--interval {args.interval[0]} {args.interval[1]}: LO comes first, and is not above HI")
+        low, high = args.interval
+        parser.error(f"--interval {low} {high}: LO comes first, and is not above HI")
     if args.npz and args.out:
         parser.error("--out and --npz exclude each other: a grid, or an archive")
     if args.npz and (Path(args.npz).is_dir() or Path(args.npz).suffix != ".npz"):
@@ -178,7 +179,7 @@ def parse_args(argv=None):
 
 
 def load(args, device):
-    """(model, autoencoder, guiding model or None, scale); what does not fit together is found here."""
+    """(model, autoencoder, guiding model or None, scale); refuses what does not fit together."""
     # The model, and what guides it: as given, or as the checkpoint brings along
     run = str(args.run or newest("dit.pt"))
     model = load_dit(run, device)
@@ -193,7 +194,8 @@ def load(args, device):
         check_base_head(model)
     weak = load_dit(guide, device) if guide and guide != "self" else guide  # None, a model, or "self"
     if not locate(model.rae, "rae.pt").exists():
-        raise UserError(f"{run} was trained on {model.rae}, which is not there any more: bring it back")
+        raise UserError(f"{run} was trained on {model.rae}, which is not there any more: bring it"
+                        " back")
     rae = load_rae(model.rae, device, decode_only=args.best_of == 1)
 
     # Do they belong together?
@@ -203,16 +205,17 @@ def load(args, device):
                         f" {rae.num_tokens} x {rae.token_dim}")
     same = ("tokens", "token_dim", "num_classes")
     if isinstance(weak, DiT) and any(weak.config[key] != model.config[key] for key in same):
-        raise UserError(f"--guide {guide} and {run} differ in tokens, channels or classes: name another")
+        raise UserError(f"--guide {guide} and {run} differ in tokens, channels or classes")
+
     # Which guidance this model can have
     unconditional = not model.classes or args.classes == ["none"]
     if unconditional and scale != 1 and not weak:
-        raise UserError("classifier-free guidance needs classes: --classes none takes --scale 1 or --guide")
+        raise UserError("classifier-free guidance needs classes: without, --scale 1 or --guide")
     if not model.classes and args.classes and args.classes != ["none"]:
         raise UserError(f"{run} was trained without labels, and has no classes: leave --classes out")
     if scale != 1 and not weak and not model.label_dropout:
-        raise UserError(f"{run} was trained with --label-dropout 0 and has no null class: guide it by another"
-                        " model, --guide")
+        raise UserError(f"{run} was trained with --label-dropout 0 and has no null class: guide it"
+                        " by another model, --guide")
     if scale == 1 and args.interval:
         raise UserError("--interval is about guidance: give --scale or --guide as well")
     if dist.get_rank() == 0:
@@ -252,7 +255,7 @@ def main():
         with writing(out):
             out.parent.mkdir(parents=True, exist_ok=True)
             np.lib.format.open_memmap(pixels, "w+", np.uint8, (num, side, side, 3))
-            if hasattr(os, "posix_fallocate"):  # where a full disk is found now, not in a mapped page
+            if hasattr(os, "posix_fallocate"):  # a full disk is found now, not in a mapped page
                 with open(pixels, "r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, pixels.stat().st_size)
     dist.barrier()
@@ -264,8 +267,8 @@ def main():
         mine = indices.tensor_split(world)[rank]  # a stretch, perhaps empty
         parts = mine.split(max(1, args.batch // args.best_of)) if len(mine) else ()
         for index in tqdm(parts, disable=rank > 0, unit="batch"):
-            images = generate(model, rae, labels[index], keys[index], model.alpha, args.steps, scale, weak,
-                              args.interval or (0, 1), probe, args.best_of)
+            images = generate(model, rae, labels[index], keys[index], model.alpha, args.steps, scale,
+                              weak, args.interval or (0, 1), probe, args.best_of)
             images = (images * 255).round().byte()  # (b, 3, H, W)
             array[index.numpy()] = images.permute(0, 2, 3, 1).cpu().numpy()
         array.flush()  # for rank 0 to read
@@ -283,7 +286,7 @@ def main():
 
 
 def write(out, array, pixels, labels, columns, archive):
-    """Images (N,H,W,3) on disk -> an .npz with labels, into which their file goes as it is; or a grid."""
+    """Images (N,H,W,3) on disk -> an .npz with labels, that file as it is in it; or a grid."""
     if archive:
         with zipfile.ZipFile(out, "w") as file:
             file.write(pixels, "arr_0.npy")  # not compressed: fid.py maps it
@@ -301,7 +304,8 @@ def next_command(args, rae):
     if args.npz:
         return f"python fid.py {args.npz} REFERENCE"
     if args.run or list(Path("out").glob("*/dit.pt")):
-        return f"python sample.py{f' --run {args.run}' if args.run else ''} --npz samples.npz --num 1000"
+        run = f" --run {args.run}" if args.run else ""
+        return f"python sample.py{run} --npz samples.npz --num 1000"
     return "python train_decoder.py --encoder tiny"
 
 

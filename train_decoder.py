@@ -1,13 +1,13 @@
-"""Stage 1: train the ViT decoder that inverts a frozen encoder, and so makes it an autoencoder (RAE).
+"""Stage 1: train the ViT decoder that inverts a frozen encoder: together, an autoencoder (RAE).
 
     loss = L1(xh, x) + w_L LPIPS(xh, x) + w_G lambda GAN(xh),   xh = decode(encode(x) + noise)
 
-    python train_decoder.py --encoder tiny                               # shapes, on a laptop, in minutes
-    torchrun --nproc_per_node=8 -- train_decoder.py --encoder dinov2_b   # the paper's, on data/imagenet
+    python train_decoder.py --encoder tiny                               # shapes, on a laptop
+    torchrun --nproc_per_node=8 -- train_decoder.py --encoder dinov2_b   # the paper's
 
-First the exact statistics of the latents, then the decoder. Starting the same command again resumes. The
-run's folder gets rae.pt, log.jsonl, samples/*.png (originals, reconstructions, those of noisy latents).
-x images, xh reconstructions, z latents (B,N,D). Source: arXiv 2510.11690, section 3 and appendix.
+First the exact statistics of the latents, then the decoder. The same command again resumes. The
+run's folder gets rae.pt, log.jsonl, samples/*.png (originals, copies, copies of noisy latents).
+x images, xh reconstructions, z latents (B,N,D). Source: arXiv 2510.11690, section 3, appendix.
 """
 import argparse
 import fcntl
@@ -35,27 +35,28 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from fid import load_lpips, psnr, ssim
-from rae import (DECODERS, ENCODERS, RAE, UserError, at_least, build_encoder, default_data, good, in_fp32,
-                 in_order, load_rae, load_strict, mix, normals, open_data, open_val, quiet_worker,
-                 read_weights, save_checkpoint, start, worker_count, writing)
+from rae import (DECODERS, ENCODERS, RAE, UserError, at_least, build_encoder, default_data, good,
+                 in_fp32, in_order, load_rae, load_strict, mix, normals, open_data, open_val,
+                 quiet_worker, read_weights, save_checkpoint, start, worker_count, writing)
 
 
 # Latent statistics and noise
 
 @torch.no_grad()
-def latent_statistics(rae, dataset, batch, device, rank=0, world=1, workers=None):
-    """Exact mean and population variance (N,D) of the encoder's tokens over every image and its mirror image,
-    centre crops; summed in float64, so that order, batch size and number of ranks do not matter."""
+def latent_statistics(rae, dataset, batch, device, workers=None):
+    """Exact mean and population variance (N,D) of tokens over every image, a centre crop, and its
+    mirror image; in float64, so that order, batch size and number of ranks do not matter."""
     # This rank's share
+    ranks = dist.get_rank(), dist.get_world_size()
     sums = torch.zeros(2, rae.num_tokens, rae.token_dim, dtype=torch.float64, device=device)
     count = torch.zeros((), dtype=torch.float64, device=device)
-    with tqdm(total=len(dataset), unit="image", disable=None if rank == 0 else True) as bar:
-        for images, *_ in in_order(dataset, batch, device, rank, world, workers):
+    with tqdm(total=len(dataset), unit="image", disable=ranks[0] > 0 or None) as bar:
+        for images, *_ in in_order(dataset, batch, device, *ranks, workers):
             both = torch.cat([images, images.flip(-1)])  # stage 2 mirrors at random
             x = rae.tokens(both).double()                # (2 B, N, D)
             sums += torch.stack([x.sum(0), x.square().sum(0)])
             count += len(images)
-            bar.update(len(images) * world)
+            bar.update(len(images) * ranks[1])
 
     # All shares
     dist.all_reduce(sums)
@@ -63,17 +64,17 @@ def latent_statistics(rae, dataset, batch, device, rank=0, world=1, workers=None
     if not count:
         raise UserError("no image of the data set can be decoded: give other --data")
     lost = len(dataset) - int(count)  # broken files
-    if lost and rank == 0:
+    if lost and ranks[0] == 0:
         print(f"{lost} of {len(dataset)} images cannot be decoded")
     mean, square = sums / (2 * count)  # E x, E x^2
     return mean.float(), (square - mean.square()).clamp(min=0).float()
 
 
 def noise_augment(z, std, keys, tau, kind="halfnormal"):
-    """z (B,N,D) + sigma * eps / std, that is noise sigma on the layer-normed tokens; one sigma per image:
-    |N(0, tau^2)| ("halfnormal", the paper) or tau * U(0,1) ("uniform", the release). keys (B,), std (N,D).
+    """z (B,N,D) + sigma * eps / std: noise sigma on the layer-normed tokens, one sigma per image,
+    |N(0, tau^2)| ("halfnormal", the paper) or tau * U(0,1) ("uniform", the release).
 
-    Why: a DiT never hits a latent exactly. A decoder that has seen clouds around latents forgives that.
+    Why: a DiT never hits a latent exactly. A decoder that has seen clouds of them forgives that.
     """
     draws = normals(keys, z[0].numel() + 1, z.device)  # (B, N D + 1)
     eps = draws[:, :-1].view_as(z)  # (B, N, D)
@@ -85,14 +86,15 @@ def noise_augment(z, std, keys, tau, kind="halfnormal"):
 # The adversary
 
 def augment(images, keys):
-    """Differentiable augmentation of images (B,3,H,W) in [-1,1], drawn per image: translation up to 1/8 of
-    the side, zeros outside, brightness + U(-.5,.5), saturation x U(0,2), contrast x U(.5,1.5)."""
+    """Differentiable augmentation of images (B,3,H,W) in [-1,1]: translation up to 1/8 of the side,
+    zeros outside, brightness + U(-.5,.5), saturation x U(0,2), contrast x U(.5,1.5)."""
     B, _, H, W = images.shape
     device = images.device
-    u = torch.special.ndtr(normals(keys, 5, device))                       # (B, 5), uniform in (0, 1)
-    dy, dx, brightness, saturation, contrast = u.T[..., None, None, None]  # each (B, 1, 1, 1)
+    u = torch.special.ndtr(normals(keys, 5, device))  # (B, 5), uniform in (0, 1)
+    u = u.T[..., None, None, None]                    # 5 x (B, 1, 1, 1)
+    dy, dx, brightness, saturation, contrast = u
 
-    # Translation: a window of the padded image, cut out by each image's own rows and columns.
+    # Translation: a window of the padded image, cut out by each image's own rows and columns
     reach = H // 8
     top = (dy * (2 * reach + 1)).floor().long().clamp(max=2 * reach)  # 0 ... 2 reach
     left = (dx * (2 * reach + 1)).floor().long().clamp(max=2 * reach)
@@ -102,22 +104,22 @@ def augment(images, keys):
     padded = F.pad(images, (reach,) * 4).permute(0, 2, 3, 1)   # channels last
     x = padded[image, row, column].permute(0, 3, 1, 2)         # (B, 3, H, W)
 
-    # Colour: saturation about a pixel's mean, contrast about the image's.
+    # Colour: saturation about a pixel's mean, contrast about the image's
     x = x + brightness - 0.5
     x = torch.lerp(x.mean(1, keepdim=True), x, 2 * saturation)
     return torch.lerp(x.mean((1, 2, 3), keepdim=True), x, contrast + 0.5)
 
 
 class DiscriminatorHead(nn.Module):
-    """Features (B,N,C) -> one logit per token (B,N), by spectrally normalised convolutions over tokens."""
+    """Features (B,N,C) -> a logit per token (B,N): spectrally normalised convolutions over tokens."""
     def __init__(self, channels):
         super().__init__()
         def layer(kernel):
             conv = nn.Conv1d(channels, channels, kernel, padding=kernel // 2, padding_mode="circular")
-            norm = nn.InstanceNorm1d(channels, eps=1e-6, affine=True)  # each image's own statistics
+            norm = nn.InstanceNorm1d(channels, eps=1e-6, affine=True)  # of each image alone
             return nn.Sequential(spectral_norm(conv), norm, nn.LeakyReLU(0.2))
-        self.first = layer(1)
-        self.residual = layer(9)
+        self.first = layer(1)      # each token by itself
+        self.residual = layer(9)   # and with its neighbours, the last beside the first
         self.last = spectral_norm(nn.Conv1d(channels, 1, 1))
 
     @in_fp32  # power iterations do not converge in bf16
@@ -128,9 +130,9 @@ class DiscriminatorHead(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Trained heads on five feature maps of a frozen ViT: images (B,3,H,W) in [-1,1] -> logits (B, 5 N).
+    """Trained heads on five feature maps of a frozen ViT: images (B,3,H,W) in [-1,1] -> (B, 5 N).
 
-    kind "dino": DINO ViT-S/8 at 224 px; "tiny": the demo's encoder. The last block counts twice, as released.
+    kind "dino": DINO ViT-S/8 at 224 px; "tiny": the demo's encoder. The last block counts twice.
     """
     def __init__(self, kind="dino", weights=None):
         super().__init__()
@@ -149,13 +151,13 @@ class Discriminator(nn.Module):
 
     def forward(self, images):
         # As the ViT is used to see images
-        x = F.interpolate(images, (self.side, self.side), mode="bilinear", align_corners=False)
+        x = F.interpolate(images, (self.side, self.side), mode="bilinear")
         x = (x / 2 + 0.5 - self.pixel_mean) / self.pixel_std
 
         # What it sees at five depths, and what a head makes of each
         maps = self.vit.forward_intermediates(x, self.layers, norm=False, output_fmt="NLC",
                                               intermediates_only=True)  # 4 x (B, N, C)
-        maps = [maps[-1], *maps]  # 5 x (B, N, C)
+        maps = [maps[-1], *maps]  # 5 x (B, N, C), the last twice
         return torch.cat([head(features) for head, features in zip(self.heads, maps)], 1)
 
 
@@ -170,7 +172,7 @@ def generator_loss(fake):
 
 
 def adaptive_weight(reconstruction_gradient, gan_gradient):
-    """lambda = |grad reconstruction| / (|grad GAN| + 1e-6) in [0, 1e4], of gradients averaged over ranks."""
+    """lambda = |grad reconstruction| / (|grad GAN| + 1e-6) in [0, 1e4], of all ranks' means."""
     for gradient in (reconstruction_gradient, gan_gradient):
         dist.all_reduce(gradient)  # the same lambda on every rank
         gradient /= dist.get_world_size()
@@ -178,10 +180,10 @@ def adaptive_weight(reconstruction_gradient, gan_gradient):
 
 
 def adversarial_backward(reconstruction, gan, copies, last, gan_weight):
-    """Gradient of reconstruction + w_G lambda GAN, for which the decoder is walked back once; lambda.
+    """Gradient of reconstruction + w_G lambda GAN, the decoder walked back once; returns lambda.
 
-    lambda makes both pull equally hard at the decoder's last layer, whose weight is `last`: no constant
-    could, since the reconstruction's gradient falls during training and the GAN's does not.
+    lambda makes both pull equally hard at the decoder's last layer, whose weight is `last`. No
+    constant could: the reconstruction's gradient falls during training and the GAN's does not.
     """
     def at_last(gradient):  # (B, 3, H, W) -> last's shape
         return torch.autograd.grad(copies, last, gradient, retain_graph=True)[0]
@@ -194,10 +196,10 @@ def adversarial_backward(reconstruction, gan, copies, last, gan_weight):
     return weight
 
 
-# The two halves of a training step: each images -> reconstruction -> loss -> gradients of a micro-batch
+# The two halves of a step: each images -> reconstruction -> loss -> gradients of a micro-batch
 
 def decoder_backward(rae, decoder, batch, args, autocast, perceptual=None, disc=None):
-    """The decoder's gradients; its losses, detached. batch: images, z, keys; disc: once the GAN is on."""
+    """The decoder's gradients; its losses, detached. batch: images, z, keys; disc: with the GAN."""
     images, z, keys = batch
 
     # Forward: the decoder sees latents that are somewhat off, and shall draw what they meant
@@ -226,7 +228,7 @@ def decoder_backward(rae, decoder, batch, args, autocast, perceptual=None, disc=
 
 
 def discriminator_backward(rae, disc, batch, args, autocast):
-    """The discriminator's gradients, from real images and fresh reconstructions; its loss, detached."""
+    """The discriminator's gradients, from images and fresh reconstructions; its loss, detached."""
     images, z, keys = batch
 
     # What it compares: both sides are augmented, each with a draw of its own
@@ -234,7 +236,7 @@ def discriminator_backward(rae, disc, batch, args, autocast):
         if args.disc_input == "noisy":
             z = noise_augment(z, rae.std, mix(keys, 4), args.tau, args.noise)
         copies = rae.decode(z).clamp(0, 1)
-        fakes = (copies * 255).round() / 255  # real ones are 8 bits too: it must not see that
+        fakes = (copies * 255).round() / 255  # 8 bits, as real ones: it must not see that
         real = augment(images * 2 - 1, mix(keys, 2))
         fake = augment(fakes * 2 - 1, mix(keys, 3))
 
@@ -242,23 +244,23 @@ def discriminator_backward(rae, disc, batch, args, autocast):
     with autocast():
         logits = disc.train()(torch.cat([real, fake]))  # (2 B, 5 N)
         loss = hinge_loss(*logits.chunk(2))
-    (loss / args.accum).backward()
+    (loss / args.accum).backward()  # into the heads: the ViT is frozen
     return dict(disc=loss.detach())
 
 
 def accumulate(meter, ddp, micros, backward):
-    """The gradients of all micro-batches; `backward` makes those of one, and returns its losses."""
+    """The gradients of all micro-batches; `backward` makes those of one, returns its losses."""
     for i, batch in enumerate(micros):
         with synced(ddp, i == len(micros) - 1):
             losses = backward(batch)
         meter.add(1 / len(micros), **losses)
 
 
-# What every training loop here needs: data in a fixed order, steps, a log, and an end that can be resumed
+# What every training loop needs: data in a fixed order, steps, a log, an end that can be resumed
 
 class Order(Sampler):
-    """Which images make up which batch: the data set is passed in permutations, one per (seed, epoch); step s
-    takes the images from s * batch on. Yields micro-batches [(index, key)], key = hash(seed, step, place)."""
+    """Micro-batches [(index, key)]: the data set in permutations, one per (seed, epoch), of which
+    step s takes the images from s * batch on; key = hash(seed, step, place in the batch)."""
     def __init__(self, length, batch, accum=1, seed=0, step=0, rank=0, world=1):
         self.length = length
         self.batch = batch
@@ -277,7 +279,7 @@ class Order(Sampler):
         size = self.batch // (self.accum * self.world)  # of a micro-batch
         step = self.step
         while True:
-            # Ranks and micro-batches cut the same batch into other pieces: keys go with places in it.
+            # Ranks and micro-batches cut a batch into other pieces: keys go with places in it
             for micro in range(self.accum):
                 places = torch.arange(size) + (micro * self.world + self.rank) * size
                 keys = mix(self.seed, step, places).tolist()
@@ -288,16 +290,17 @@ class Order(Sampler):
 
 
 def batches(dataset, order, workers, device):
-    """Endless (images (b,3,H,W) in [0,1] and labels (b,) on the device, keys (b,) on the CPU)."""
+    """Endless (images (b,3,H,W) in [0,1], labels (b,)) on the device, keys (b,) on the CPU."""
     loader = DataLoader(dataset, batch_sampler=order, num_workers=worker_count(dataset, workers),
                         collate_fn=good, worker_init_fn=quiet_worker, pin_memory=device.type == "cuda")
     for images, labels, keys in loader:
-        yield images.to(device, non_blocking=True).float() / 255, labels.to(device, non_blocking=True), keys
+        images = images.to(device, non_blocking=True).float() / 255
+        yield images, labels.to(device, non_blocking=True), keys
 
 
 def flags(description, recipes):
-    """(parser, add): what both trainers take. Flags that a recipe sets have no default of their own; their
-    help tells the recipes' values."""
+    """(parser, add): what both trainers take. A flag that a recipe sets has no default of its own;
+    its help tells the recipes' values."""
     parser = argparse.ArgumentParser(description=description, argument_default=argparse.SUPPRESS)
 
     def add(name, help, **options):
@@ -336,79 +339,82 @@ def flags(description, recipes):
 
 def with_recipe(args, recipes, encoder):
     """What was given, and what the encoder's recipe says of the rest."""
-    recipe = recipes["tiny" if encoder.startswith("tiny") else "paper"]  # all small encoders share one
+    recipe = recipes["tiny" if encoder.startswith("tiny") else "paper"]
     return argparse.Namespace(**{**recipe, **vars(args)})
 
 
 def length_of(args, dataset, world):
     """(optimiser steps in an epoch, as a fraction; steps in the schedule; steps to run)."""
     if args.batch % (world * args.accum):
-        raise UserError(f"--batch {args.batch} does not divide over {world} ranks x {args.accum} --accum:"
-                        f" give a multiple of {world * args.accum}")
+        raise UserError(f"--batch {args.batch} does not divide over {world} ranks x {args.accum}"
+                        f" --accum: give a multiple of {world * args.accum}")
     epoch = len(dataset) / args.batch          # optimiser steps, not whole
     schedule = math.ceil(args.epochs * epoch)  # in stage 1 where the learning rate ends
 
     # What is allowed, and perhaps not meant
     if dist.get_rank() == 0:
         if epoch < 1:
-            print(f"WARNING: --batch {args.batch} is more than the {len(dataset)} images: each is in every"
-                  " step, some twice")
+            print(f"WARNING: --batch {args.batch} is more than the {len(dataset)} images: a step sees"
+                  " some twice")
         if args.warmup > args.epochs > 0:
             print(f"WARNING: --warmup {args.warmup} epochs is longer than --epochs {args.epochs}: the"
                   f" learning rate will not reach {args.lr}")
         if args.steps and args.steps > schedule:
-            print(f"--steps {args.steps} is beyond the schedule, which ends at step {schedule}: more --epochs"
-                  " make it longer")
+            print(f"--steps {args.steps} is beyond the schedule, which ends at step {schedule}: more"
+                  " --epochs make it longer")
     return epoch, schedule, min(schedule, args.steps or schedule)
 
 
 def claim(run):
-    """Lock the run's folder while this process lives (rank 0's): no work begins where nothing can be written,
-    or where another process trains already."""
+    """Lock the run's folder while this process lives: no work begins where nothing can be written,
+    or where another process trains already. Rank 0 does it."""
     if dist.get_rank():
         return
     with writing(run):
         Path(run).mkdir(parents=True, exist_ok=True)
         file = open(Path(run, ".lock"), "w")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends, however
     except BlockingIOError:
-        raise UserError(f"another process is training in {run}: wait for it, or name another --run") from None
+        raise UserError(f"another process is training in {run}: wait for it, or name another"
+                        " --run") from None
     except OSError:
-        print(f"WARNING: {run} lies where files cannot be locked: train there with one command at a time")
+        print(f"WARNING: {run} lies where files cannot be locked: run one command there at a time")
     claim.held = file  # an open file; closed, it would be free
 
 
 def resume(path, fixed):
-    """(checkpoint, step) of this run's earlier start, or (None, 0); `fixed`: what must be as then."""
-    # A folder that machines do not share would let them train apart, or hang at the first all-reduce.
+    """(checkpoint, step) of this run's earlier start, or (None, 0); fixed: what must be as then."""
+    # A folder that machines do not share would let them train apart, or hang at an all-reduce
     saved = read_weights(path) if path.exists() else None
     step = saved.get("step", 0) if saved else 0
     steps = [None] * dist.get_world_size()
     dist.all_gather_object(steps, step)
     if len({*steps}) > 1:
-        raise UserError(f"ranks find {path} at different steps, {min(steps)} to {max(steps)}: the run's"
-                        " folder must be on a file system that all machines share")
+        raise UserError(f"ranks find {path} at different steps, {min(steps)} to {max(steps)}: the"
+                        " run's folder must be on a file system that all machines share")
     if not saved:
         return None, 0
 
     # The same run? A checkpoint packed for use has no optimiser.
     if "fixed" not in saved:
         raise UserError(f"{path} is packed for use and cannot be resumed: name another --run")
-    then = {"predict": "v", "base_head": 0, **saved["fixed"]}  # older runs do not name these
-    then["data"] = Path(then["data"]).name                     # and name the data's place, which may change
+    then = dict(predict="v", base_head=0) | saved["fixed"]  # older runs do not name these
     changed = [f"{key} was {then.get(key)}, is {value}" for key, value in fixed.items()
                if then.get(key) != value]
     if changed:
         raise UserError(f"{path} belongs to other settings ({'; '.join(changed)}):"
                         " give them again, or another --run")
 
-    # Steps after the checkpoint will be run, and logged, again.
+    # Steps after the checkpoint will be run, and logged, again
     lines = path.parent / "log.jsonl"
     if dist.get_rank() == 0 and lines.exists():
-        entries = [json.loads(line) for line in lines.read_text().splitlines() if line.endswith("}")]
-        kept = [entry for entry in entries if entry["stage"] != fixed["stage"] or entry["step"] <= step]
-        lines.write_text("".join(f"{json.dumps(entry)}\n" for entry in kept))
+        kept = []
+        for line in lines.read_text().splitlines():
+            entry = json.loads(line) if line.endswith("}") else None  # the last may be cut short
+            if entry and (entry["stage"] != fixed["stage"] or entry["step"] <= step):
+                kept.append(f"{line}\n")
+        lines.write_text("".join(kept))
     return saved, step
 
 
@@ -418,7 +424,7 @@ def states(parts):
 
 
 def restore(parts, saved):
-    """What `states` saved, back into its parts; one that the checkpoint lacks begins anew (a late GAN)."""
+    """What `states` saved, back into its parts; one that is not there begins anew (a late GAN)."""
     # Modules by name and shape; optimisers as torch does it
     for name, part in parts.items():
         if isinstance(part, nn.Module) and saved.get(name) is not None:
@@ -443,8 +449,8 @@ def any_rank(flag):
 
 
 def apply_gradients(optimizer, lr, clip=0.0):
-    """One optimiser step, the gradients' norm clipped to `clip` (0: not). With a gradient that is not finite
-    the fused optimiser skips it, on the device: no sync. Whether that was so (a tensor, 1.0 or 0.0)."""
+    """One optimiser step, the gradients' norm clipped to `clip` (0: not). It is skipped, on the
+    device, without a sync, if a gradient is not finite; returns whether (a tensor, 1.0 or 0.0)."""
     group = optimizer.param_groups[0]  # there is only one
     group["lr"] = lr                   # a schedule is a function of the step
     norm = nn.utils.get_total_norm([p.grad for p in group["params"] if p.grad is not None])
@@ -457,24 +463,24 @@ def apply_gradients(optimizer, lr, clip=0.0):
 
 
 def synced(ddp, last):
-    """Gradients are averaged over ranks once for each optimiser step, in its last micro-batch."""
+    """Ranks average their gradients once for each optimiser step, in its last micro-batch."""
     return nullcontext() if last else ddp.no_sync()
 
 
 def compile_blocks(module):
-    """torch.compile, block by block: the same code for each, and what lies between may be walked twice."""
+    """torch.compile, block by block: the same code for each."""
     for block in module.blocks:
         block.compile()
 
 
 def distributed(module, autocast, *inputs):
-    """DDP around a module; its buffers are the same on every rank by themselves, and are not sent.
+    """DDP around a module, whose buffers are the same on every rank by themselves.
 
-    DDP orders its buckets by the first backward pass it sees: here, on `inputs`, before the loop, so that a
-    resumed run adds up its gradients in the same order as one that never stopped.
+    DDP orders its buckets by the first backward pass it sees: here, on `inputs`, so that a resumed
+    run adds up its gradients in the same order as one that never stopped.
     """
     ddp = DistributedDataParallel(module, gradient_as_bucket_view=True)
-    ddp.broadcast_buffers = False
+    ddp.broadcast_buffers = False  # once, above, and not in every step
     with autocast():
         out = ddp(*inputs)
     out.sum().backward()
@@ -491,8 +497,9 @@ def log(run, **values):
     """One line to RUN/log.jsonl, and to the terminal; on rank 0."""
     if dist.get_rank():
         return
-    # JSON has no nan
-    values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            values[key] = None  # JSON has no nan
     with writing(Path(run, "log.jsonl")):
         with open(Path(run, "log.jsonl"), "a") as file:
             file.write(json.dumps(values) + "\n")
@@ -506,8 +513,8 @@ def log(run, **values):
 
 
 class Meter:
-    """The log's lines: means of named losses since the last one, speed, time left. All is kept on the device,
-    and fetched once for each line."""
+    """The log's lines: means of named losses since the last one, speed, time left. All is kept on
+    the device, and fetched once for each line."""
     lost_for_good = 10  # so many steps in a row that were skipped
 
     def __init__(self, run, stage, step, total, batch, image_flops, device):
@@ -526,8 +533,8 @@ class Meter:
         self.counts = {}
 
     def add(self, share=1.0, **values):
-        """share: of an optimiser step, for which these values stand. A loss that begins later has its mean
-        over fewer steps."""
+        """share: of an optimiser step, for which these values stand. A loss that begins later has
+        its mean over fewer steps."""
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + share * value
             self.counts[name] = self.counts.get(name, 0) + share
@@ -555,15 +562,15 @@ class Meter:
 
         # Speed, and what is left
         rate = steps * self.batch / seconds  # over all ranks
-        log(self.run, stage=self.stage, step=step, total=self.total, **means, lr=lr, images_per_s=rate,
-            tflops=rate * self.image_flops / 1e12, skipped=skipped,
+        log(self.run, stage=self.stage, step=step, total=self.total, **means, lr=lr,
+            images_per_s=rate, tflops=rate * self.image_flops / 1e12, skipped=skipped,
             eta=(self.total - step) * seconds / steps)
 
         # Skipping helps against one bad batch, not against weights that have gone astray
         if in_a_row >= self.lost_for_good:
-            raise UserError(f"step {step}: the last {in_a_row:.0f} had non-finite gradients and were skipped"
-                            f" ({means}); the checkpoint in {self.run} is the last good state: resume with a"
-                            " lower --lr, or with --dtype fp32")
+            raise UserError(f"step {step}: the last {in_a_row:.0f} had non-finite gradients and were"
+                            f" skipped ({means}); the checkpoint in {self.run} is the last good"
+                            " state: resume with a lower --lr, or with --dtype fp32")
         self.begin(step)
 
 
@@ -590,18 +597,17 @@ def arithmetic(dtype, device):
 
 
 def count_flops(module, *inputs):
-    """Forward FLOPs, a multiply-add being two: (all, those of linear layers and convolutions)."""
+    """Forward FLOPs, a multiply-add being two: (all, those without attention's products)."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(*inputs)
     ops = counter.get_flop_counts().get("Global", {})
-    linear = {op: n for op, n in ops.items() if not re.search("bmm|attention", str(op))}  # the paper's count
-    return sum(ops.values()), sum(linear.values())
+    linear = [n for op, n in ops.items() if not re.search("bmm|attention", str(op))]
+    return sum(ops.values()), sum(linear)  # the second is how the paper counts
 
 
 def image_flops(rae, build, *inputs):
-    """FLOPs of one image in training: the encoder forward; forward and, twice that, backward the model that
-    `build` makes; inputs: one image's, on the meta device."""
-    # On the meta device nothing is computed, and all is counted
+    """FLOPs of one image in training: the encoder forward; the model that `build` makes forward and,
+    twice that, backward. On the meta device, as `inputs` are: nothing is computed, all counted."""
     with torch.device("meta"):
         encoder = RAE(**rae.config).load_encoder("random").tokens
         encoding, _ = count_flops(encoder, torch.empty(1, 3, rae.image_size, rae.image_size))
@@ -610,17 +616,17 @@ def image_flops(rae, build, *inputs):
 
 
 def describe(what, module, *inputs):
-    """Print a meta module's parameters, compute and training memory, on rank 0; inputs: one image's."""
+    """Print a meta module's parameters, compute, training memory; inputs: one image's."""
     if dist.get_rank():
         return
-    # Trained, and computed beforehand (positions, frequencies)
+    # Trained, in fp32, and computed beforehand (positions, frequencies)
     size = sum(p.numel() for p in module.parameters())
     fixed = sum(value.numel() for value in module.state_dict().values()) - size
     full, linear = count_flops(module, *inputs)
     print(f"{what}: {(size + fixed) / 1e6:.4g} M parameters, {fixed / 1e6:.2g} M of them fixed\n"
-          f"{linear / 2e9:.4g} G multiply-adds per image without attention products (the paper's count),"
-          f" {full / 2e9:.4g} G with them = {full / 1e9:.4g} GFLOPs\n"
-          f"{size * 20 / 2**30:.3g} GiB in training: weights, gradients, two moments of AdamW and EMA,"
+          f"{linear / 2e9:.4g} G multiply-adds per image without attention products (the paper's"
+          f" count), {full / 2e9:.4g} G with them = {full / 1e9:.4g} GFLOPs\n"
+          f"{size * 20 / 2**30:.3g} GiB in training: weights, gradients, two moments of AdamW, EMA,"
           f" {size * 4 / 2**30:.3g} GiB each; activations come on top")
 
 
@@ -629,13 +635,14 @@ def describe(what, module, *inputs):
 NOISES = (0, 0.1, 0.2, 0.4)  # on z (tau is on tokens); 0: exact z
 
 @torch.no_grad()
-def evaluate(rae, decoder, dataset, perceptual, device, rank=0, world=1, workers=None, batch=64, most=2048):
-    """PSNR, SSIM and LPIPS (None without its network) of held-out reconstructions, of z itself and of z +
-    sigma noise, the errors a sampler leaves ("psnr@0.2"), over at most `most` images; noise by image."""
+def evaluate(rae, decoder, dataset, perceptual, device, workers=None, batch=64, most=2048):
+    """PSNR, SSIM and LPIPS (None without its network) of reconstructions from z, and from z + sigma
+    noise, such as a sampler leaves ("psnr@0.2"), over at most `most` held-out images."""
     # Every rank its share of images, each with the same noise at any number of ranks
     sums = torch.zeros(len(NOISES), 3, dtype=torch.float64, device=device)  # psnr, ssim, lpips
     count = torch.zeros((), dtype=torch.float64, device=device)
-    for images, _, numbers in in_order(dataset, batch, device, rank, world, workers, most):
+    ranks = dist.get_rank(), dist.get_world_size()
+    for images, _, numbers in in_order(dataset, batch, device, *ranks, workers, most):
         z = rae.encode(images)
         eps = normals(mix(0, 2, numbers), z[0].numel(), device).view_as(z)
         for row, sigma in zip(sums, NOISES):  # the same eps, further away
@@ -669,12 +676,12 @@ def picture(rae, decoder, images):
 # Training
 
 RECIPES = {  # the paper's for its encoders, and one for a laptop; flags override
-    "paper": dict(image_size=256, decoder="XL", tau=0.8, lpips_weight=1.0, gan_weight=0.75, disc="dino",
-                  disc_start=6, gan_start=8, batch=512, lr=2e-4, epochs=16, warmup=1, ema=0.9978,
-                  save_every=2500),
-    "tiny":  dict(image_size=32, decoder="tiny", tau=0.5, lpips_weight=0.0, gan_weight=0.0, disc="tiny",
-                  disc_start=1, gan_start=2, batch=64, lr=6e-3, epochs=2, warmup=0.1, ema=0.99,
-                  save_every=500),
+    "paper": dict(image_size=256, decoder="XL", tau=0.8, lpips_weight=1.0, gan_weight=0.75,
+                  disc="dino", disc_start=6, gan_start=8,
+                  batch=512, lr=2e-4, epochs=16, warmup=1, ema=0.9978, save_every=2500),
+    "tiny":  dict(image_size=32, decoder="tiny", tau=0.5, lpips_weight=0.0, gan_weight=0.0,
+                  disc="tiny", disc_start=1, gan_start=2,
+                  batch=64, lr=6e-3, epochs=2, warmup=0.1, ema=0.99, save_every=500),
 }
 
 
@@ -713,7 +720,7 @@ def parse_args(argv=None):
         raise UserError(f"--gan-start {args.gan_start} comes before --disc-start {args.disc_start}: the"
                         " decoder would follow an untrained discriminator")
     if args.image_size * args.upsample < 11:
-        raise UserError(f"--image-size {args.image_size}: SSIM, with which runs are judged, needs 11 pixels")
+        raise UserError(f"--image-size {args.image_size}: SSIM, which judges runs, needs 11 pixels")
     return args
 
 
@@ -745,26 +752,26 @@ def main():
     # The run's folder, and where an earlier start left it
     run = Path(args.run or f"out/{args.encoder}")
     claim(run)
-    fixed = dict(rae.config, stage=1, seed=args.seed, batch=args.batch, data=Path(data).name,
-                 images=len(dataset), tau=args.tau, noise=args.noise)
+    fixed = dict(rae.config, stage=1, seed=args.seed, batch=args.batch, tau=args.tau,
+                 noise=args.noise, data=Path(data).name, images=len(dataset))
     saved, step = resume(run / "rae.pt", fixed)
     if saved and step >= total:
-        return say(f"{run}/rae.pt is at step {step} of {total}: finished; more --epochs or --steps extend it")
+        return say(f"{run}/rae.pt is at step {step} of {total}: finished; more --epochs extend it")
 
-    # Networks that are not trained, found before the long work; rae.pt keeps what no hub gives back
+    # Frozen networks, found before the long work; rae.pt keeps what no hub gives back
     weights = (saved["encoder"] if saved else None) or args.encoder_weights
     rae.load_encoder(weights).to(device)
     keep = bool(weights) or args.encoder.startswith("tiny")
     perceptual = load_lpips(device, args.lpips_vgg) if args.lpips_weight else None
-    has_disc = args.gan_weight > 0 and disc_begin < total
+    has_disc = args.gan_weight > 0 and disc_begin < total  # in this run
     disc = Discriminator(args.disc, args.disc_weights).to(device) if has_disc else None
 
     # Latent statistics, once
     if saved:
         mean, var = saved["mean"], saved["var"]
     else:
-        say(f"{run}: latent statistics of {args.encoder} over {len(dataset)} images of {data}, mirrored too")
-        mean, var = latent_statistics(rae, still, micro, device, rank, world, args.workers)
+        say(f"{run}: latent statistics of {args.encoder}: {len(dataset)} images of {data}, mirrored too")
+        mean, var = latent_statistics(rae, still, micro, device, args.workers)
     rae.mean.copy_(mean)
     rae.var.copy_(var)
 
@@ -784,20 +791,20 @@ def main():
         other = load_rae(args.init, decode_only=True).decoder
         load_strict(decoder, other.state_dict(), f"--init {args.init}")
     ema = ModelEmaV3(decoder, decay=args.ema)
-    adamw = partial(torch.optim.AdamW, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    optimizer = adamw(decoder.parameters())
+    adamw = partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer = adamw(decoder.parameters())  # its lr: at each step
     parts = dict(model=decoder, ema=ema.module, optimizer=optimizer)
     if disc:
         disc_optimizer = adamw(disc.heads.parameters())
         parts |= dict(disc=disc.heads, disc_optimizer=disc_optimizer)
     if saved:
         if disc and step > disc_begin and not saved.get("disc"):
-            raise UserError(f"{run} went on without its discriminator: go on so, with --gan-weight 0")
+            raise UserError(f"{run} went on without its discriminator: so do, --gan-weight 0")
         restore(parts, saved)
     else:
         save(**parts)  # the statistics, which take long
     saved = None
-    shown, *_ = next(in_order(held_out or still, 10, device, workers=0, most=10))  # (10, 3, H, W)
+    shown, *_ = next(in_order(held_out or still, 10, device, workers=0, most=10))
 
     # Arithmetic, ranks, and the order of the images
     dtype, autocast = arithmetic(args.dtype, device)
@@ -811,8 +818,8 @@ def main():
     flops = image_flops(rae, lambda: RAE(**rae.config).decoder, one_latent)
     meter = Meter(run, 1, step, total, args.batch, flops, device)
     say(f"{run}: decoder of {sum(p.numel() for p in decoder.parameters()) / 1e6:.1f} M parameters on"
-        f" {rae.num_tokens} x {rae.token_dim} latents of {args.encoder}; {data}: {len(dataset)} images of"
-        f" {rae.output_size} px; {dtype}, {world} x {device.type}, steps {step} to {total}")
+        f" {rae.num_tokens} x {rae.token_dim} latents of {args.encoder}; {data}: {len(dataset)} images"
+        f" of {rae.output_size} px; {dtype}, {world} x {device.type}, steps {step} to {total}")
 
     # The loop, in optimiser steps
     asked = stop_signal()  # SIGTERM, Ctrl-C
@@ -832,11 +839,11 @@ def main():
         ema.update(decoder)  # after the step
 
         # ---- discriminator: real images, and copies by the updated decoder -> hinge ----
-        if disc and step >= disc_begin:
+        if disc and step >= disc_begin:  # its schedule is as long as the decoder's
             accumulate(meter, ddp_disc, micros, lambda batch: discriminator_backward(
                 rae, ddp_disc, batch, args, autocast))
-            own_lr = learning_rate(step - disc_begin, args.lr, args.warmup * epoch, schedule)  # own steps
-            skipped = torch.maximum(skipped, apply_gradients(disc_optimizer, own_lr))
+            disc_lr = learning_rate(step - disc_begin, args.lr, args.warmup * epoch, schedule)
+            skipped = torch.maximum(skipped, apply_gradients(disc_optimizer, disc_lr))
         meter.skipped(skipped)  # either
         step += 1
         stop = any_rank(asked)  # on all ranks at once
@@ -848,13 +855,13 @@ def main():
             with meter.paused():
                 save(**parts)  # before all else: a stopped run has seconds
                 if held_out and not stop:
-                    found = evaluate(rae, ema.module, held_out, perceptual, device, rank, world, args.workers)
+                    found = evaluate(rae, ema.module, held_out, perceptual, device, args.workers)
                     log(run, stage=1, step=step, **found)
                 if rank == 0 and not stop:
-                    save_picture(picture(rae, ema.module, shown), run / f"samples/decoder_{step:07d}.png",
-                                 nrow=len(shown))
+                    place = run / f"samples/decoder_{step:07d}.png"
+                    save_picture(picture(rae, ema.module, shown), place, nrow=len(shown))
     if stop:
-        return say(f"stopped; {run}/rae.pt is at step {step}, and the same command goes on from there")
+        return say(f"stopped; {run}/rae.pt is at step {step}, and the same command goes on")
     say(f"wrote {run}/rae.pt; {run}/samples shows originals, copies, and copies of noisy latents."
         f" Next: python train_dit.py --run {run}")
 

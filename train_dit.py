@@ -1,12 +1,12 @@
-"""Stage 2: train a diffusion transformer (DiT, or with a DDT head DiT^DH) by flow matching on RAE latents.
+"""Stage 2: train a diffusion transformer (DiT, DiT^DH) by flow matching on RAE latents.
 
-    x_t = (1 - t) z + t eps,  v = d x_t / dt = eps - z,  loss = || DiT(x_t, t, y) - v ||^2,  t = 1 is noise
+    x_t = (1 - t) z + t eps,  v = d x_t / dt = eps - z,  loss = || DiT(x_t, t, y) - v ||^2
 
-    python train_dit.py                                                   # on the newest autoencoder of out/
-    torchrun --nproc_per_node=8 -- train_dit.py --width 1152 --head 2048  # DiT^DH-XL, the paper's best
+    python train_dit.py                                                   # on out/'s newest rae.pt
+    torchrun --nproc_per_node=8 -- train_dit.py --width 1152 --head 2048  # the paper's DiT^DH-XL
 
-Starting the same command again resumes. Writes dit.pt, log.jsonl and samples/*.png into the run's folder.
-B images, N tokens, D channels of a token, W backbone width, H head width. Source: arXiv 2510.11690.
+The same command again resumes. Writes dit.pt, log.jsonl, samples/*.png into the run's folder.
+t = 1 is noise; B images, N tokens, D channels of a token, W width. Source: arXiv 2510.11690.
 """
 import math
 from pathlib import Path
@@ -18,12 +18,13 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from fid import frechet_distance, moments
-from rae import (ENCODERS, RAE, ROOT, UserError, at_least, attention, default_data, in_fp32, in_order,
-                 load_rae, load_strict, locate, mix, newest, normals, open_data, open_val, read_weights,
-                 save_checkpoint, sincos_2d, start)
-from train_decoder import (Meter, Order, absolute, any_rank, apply_gradients, arithmetic, batches, claim,
-                           compile_blocks, describe, distributed, flags, image_flops, length_of, log,
-                           restore, resume, save_picture, states, stop_signal, synced, with_recipe)
+from rae import (ENCODERS, RAE, ROOT, UserError, at_least, attention, default_data, in_fp32,
+                 in_order, load_rae, load_strict, locate, mix, newest, normals, open_data, open_val,
+                 read_weights, save_checkpoint, sincos_2d, start)
+from train_decoder import (Meter, Order, absolute, any_rank, apply_gradients, arithmetic, batches,
+                           claim, compile_blocks, describe, distributed, flags, image_flops,
+                           length_of, log, restore, resume, save_picture, states, stop_signal,
+                           synced, with_recipe)
 
 SIZES = {            # width: depth, heads
     192:  (4, 6),    # for the encoder `tiny`
@@ -32,24 +33,22 @@ SIZES = {            # width: depth, heads
     1024: (24, 16),  # L
     1152: (28, 16),  # XL
 }
-
-
-LEAST_T = 0.05  # v = (x_t - x) / t is not asked for below it, neither of a model nor as a target
+LEAST_T = 0.05  # below it v = (x_t - x) / t is not asked for, of a model or as a target
 
 
 # The model, from its parts up
 
 def rope_angles(side, head_dim):
-    """2-D rotary angles (side*side, head_dim/2): rows turn the first half of channels, columns the rest."""
-    frequencies = 10000.0 ** -(torch.arange(head_dim // 4, dtype=torch.float64) / (head_dim // 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies  # (side, head_dim/4)
+    """2-D rotary angles (side*side, head_dim/2): rows turn the first channels, columns the rest."""
+    exponents = torch.arange(head_dim // 4).double() / (head_dim // 4)  # of 0 to 1
+    angles = torch.arange(side)[:, None] * 10000.0 ** -exponents  # (side, head_dim/4)
     rows = angles.repeat_interleave(side, 0)
     columns = angles.repeat(side, 1)
     return torch.cat([rows, columns], 1)
 
 
 def rotate(x, cos, sin):
-    """Turn each channel pair of x (B,heads,N,head_dim) by its angle, in fp32; cos, sin (N, head_dim/2)."""
+    """Turn each channel pair of x (B,heads,N,C) by its angle, in fp32; cos, sin (N, C/2)."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
 
@@ -68,11 +67,10 @@ class TimeEmbedder(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """adaLN: normalise x (B,N,W) in fp32, then scale and shift it, in their dtype, with one vector per image
-    (B,1,W) or per token (B,N,W)."""
+    """adaLN: normalise x (B,N,W) in fp32, scale and shift it, in their dtype, (B, 1 or N, W)."""
     def forward(self, x, shift, scale):
-        x = F.rms_norm(x.float(), self.normalized_shape, self.weight, self.eps).to(scale.dtype)
-        return torch.addcmul(shift, x, 1 + scale)  # x (1 + scale) + shift
+        x = F.rms_norm(x.float(), self.normalized_shape, self.weight, self.eps)
+        return torch.addcmul(shift, x.to(scale.dtype), 1 + scale)  # x (1 + scale) + shift
 
 
 class Attention(nn.Module):
@@ -104,7 +102,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """LightningDiT block with adaLN-zero; its condition c is one vector an image (B,1,W) or token (B,N,W)."""
+    """LightningDiT block, adaLN-zero; the condition c: for an image (B,1,W) or a token (B,N,W)."""
     def __init__(self, width, heads):
         super().__init__()
         self.norm1 = RMSNorm(width, eps=1e-6)
@@ -114,7 +112,8 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c, cos, sin):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, -1)  # (B, 1 or N, W)
+        modulation = self.adaLN_modulation(c).chunk(6, -1)  # 6 x (B, 1 or N, W)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         x = x + gate1 * self.attn(self.norm1(x, shift1, scale1), cos, sin)
         return x + gate2 * self.mlp(self.norm2(x, shift2, scale2))
 
@@ -135,18 +134,18 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """Diffusion transformer on latent tokens; head > 0 adds a DDT head of that width (DiT^DH).
 
-    Parameters carry the released checkpoints' names. Errors: a width that its heads do not divide into a
-    multiple of 4 channels each (2-D RoPE), tokens that form no square. Source: sections 4.1 and 5 (DiT^DH).
+    Parameters carry the released names. Errors: heads that do not divide a width into multiples of
+    4 channels (2-D RoPE), tokens that form no square. Sections 4.1 and 5.
 
-    Beyond the paper (RAEv2, arXiv 2605.18324): predict "x": the last layer gives the clean latent, of which
-    forward makes v. base_head k: a second output after block k, a weaker model inside the model.
+    Beyond the paper (RAEv2, arXiv 2605.18324): predict "x": the last layer gives the clean latent,
+    of which forward makes v; base_head k: a second output after block k, a weaker model inside.
     """
-    def __init__(self, tokens=256, token_dim=768, width=1152, depth=28, heads=16, head=2048, head_depth=2,
-                 head_heads=16, num_classes=1000, predict="v", base_head=0):
+    def __init__(self, tokens=256, token_dim=768, width=1152, depth=28, heads=16, head=2048,
+                 head_depth=2, head_heads=16, num_classes=1000, predict="v", base_head=0):
         super().__init__()
         self.config = dict(tokens=tokens, token_dim=token_dim, width=width, depth=depth, heads=heads,
-                           head=head, head_depth=head_depth, head_heads=head_heads, num_classes=num_classes,
-                           predict=predict, base_head=base_head)
+                           head=head, head_depth=head_depth, head_heads=head_heads,
+                           num_classes=num_classes, predict=predict, base_head=base_head)
         self.num_classes = num_classes  # the null class's index, too
         self.depth = depth              # of the backbone; the head's blocks follow
         self.head = head
@@ -156,8 +155,8 @@ class DiT(nn.Module):
         for flag, w, its_heads, h in (("width", width, "heads", heads),
                                       ("head", head, "head-heads", head_heads)):
             if w % h or w // h % 4:
-                raise UserError(f"{flag} {w} does not divide into {h} heads of a multiple of 4 channels each"
-                                f" (2-D RoPE); change --{flag} or --{its_heads}")
+                raise UserError(f"{flag} {w} does not divide into {h} heads of a multiple of 4"
+                                f" channels each (2-D RoPE): change --{flag} or --{its_heads}")
         if side * side != tokens:  # RoPE and positions are of two dimensions
             raise UserError(f"{tokens} tokens do not form a square")
         if base_head > depth:
@@ -190,7 +189,7 @@ class DiT(nn.Module):
         self.register_buffer(f"{prefix}sin", angles.sin().float(), persistent=False)
 
     def initialize(self):
-        """Zero where a block or the model ends: each block begins as the identity, the model gives zero."""
+        """Zero where a block or the model ends: a block begins as the identity."""
         xavier = [module for module in self.modules() if isinstance(module, nn.Linear)]
         if self.head:  # DiT^DH keeps torch's default elsewhere
             xavier = [self.s_embedder, self.x_embedder]
@@ -206,14 +205,14 @@ class DiT(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def velocity(self, out, x_t, t):
-        """What a last layer gives (B,N,D) -> v. A predicted x needs no full rank: x_t brings the noise."""
+        """A last layer's output (B,N,D) -> v. An x needs no full rank: x_t brings the noise."""
         if self.predict == "v":
             return out.float()
         return (x_t - out.float()) / t.clamp(min=LEAST_T)[:, None, None]
 
     def forward(self, x_t, t, y, base=False):
-        """x_t (B,N,D), t (B,) in [0,1], y (B,) int64, num_classes: the null class -> v (B,N,D) in fp32; base:
-        that and the base head's v, (2,B,N,D), of one pass."""
+        """x_t (B,N,D), t (B,) in [0,1], y (B,) int64 (num_classes: no class) -> v (B,N,D), fp32;
+        base: both outputs' v (2,B,N,D), of one pass."""
         t_e = self.t_embedder(t)[:, None]      # (B, 1, W)
         c = t_e + self.y_embedder(y)[:, None]  # (B, 1, W)
         if self.head:
@@ -227,8 +226,8 @@ class DiT(nn.Module):
                 u = F.silu(t_e + s)  # its own input, and condition of each token
                 v_base = self.velocity(self.base_layer(u, u), x_t, t)  # (B, N, D)
 
-        # DDT head: the backbone only conditions it, token by token, and may be narrow. It embeds x_t again,
-        # since v has the rank of the noise in x_t: D must go through H, and need not through W.
+        # DDT head: the backbone only conditions it, token by token, and may be narrow. It embeds
+        # x_t again, since v has the rank of its noise: D must go through H, not through W.
         x = s
         if self.head:
             c = self.s_projector(F.silu(t_e + s))  # (B, N, H)
@@ -239,27 +238,27 @@ class DiT(nn.Module):
         return torch.stack([v, v_base]) if base else v
 
 
-# The flow: a loss to learn v = d x_t / dt at every time, and the steps that follow v from noise to data
+# The flow: a loss to learn v = d x_t / dt at every time, and steps that follow it to data
 
 def shift_alpha(tokens, token_dim, base=4096):
-    """The dimension-dependent shift alpha = sqrt(m / n), m = tokens x token_dim, n = base (section 4.2)."""
+    """The dimension-dependent shift, sqrt(tokens x token_dim / base) (section 4.2)."""
     return math.sqrt(tokens * token_dim / base)
 
 
 def time_shift(t, alpha):
     """t in [0,1] -> alpha t / (1 + (alpha - 1) t) in [0,1]: alpha > 1 moves time towards noise.
 
-    Why: many channels tell the same thing, so that at the same t a large latent is far less hidden by its
-    noise than a small one. The shift compares like with like (theory/noise_shift.py).
+    Why: many channels tell the same thing, so that at the same t noise hides a large latent far
+    less than a small one. The shift compares like with like (theory/noise_shift.py).
     """
     return alpha * t / (1 + (alpha - 1) * t)
 
 
 def flow_matching_loss(model, z, y, alpha, keys=None, label_dropout=0.0, time="logit-normal"):
-    """Mean squared error of the velocity (section 3.2); z (B,N,D) clean latents, y (B,) labels, alpha: shift.
+    """Mean squared error of the velocity (section 3.2); z (B,N,D) clean latents, y (B,) labels.
 
-    keys (B,) make eps, t and label dropout functions of the sample; None: torch's global generator is used.
-    A base head's loss is added to it: the sum starts at twice that of a plain model.
+    keys (B,) make eps, t and label dropout functions of the sample; None: torch's generator.
+    A base head's loss is added: the sum starts at twice a plain model's.
     """
     # The sample's own draws: noise, time, and a coin for its label
     net = getattr(model, "module", model)  # without DDP
@@ -276,13 +275,13 @@ def flow_matching_loss(model, z, y, alpha, keys=None, label_dropout=0.0, time="l
         dropped = torch.special.ndtr(draws[:, -1]) < label_dropout
         y = torch.where(dropped, net.num_classes, y)
 
-    # The whole method: a point on the straight line from z to eps, and the direction of that line
+    # The whole method: a point on the straight line from z to eps, and that line's direction
     x_t = torch.lerp(z, eps, t[:, None, None])  # (1-t) z + t eps
     v = eps - z  # d x_t / dt
 
-    # Beyond the paper; a model that does not say so predicts v, and has one output
+    # Beyond the paper; a model that does not say predicts v, and has one output
     if getattr(net, "predict", "v") == "x":
-        v = (x_t - z) / t.clamp(min=LEAST_T)[:, None, None]  # = eps - z, clamped as in velocity
+        v = (x_t - z) / t.clamp(min=LEAST_T)[:, None, None]  # eps - z, clamped as there
     if getattr(net, "base_head", 0):
         full, base = model(x_t, t, y, base=True)
         return F.mse_loss(full, v) + F.mse_loss(base, v)
@@ -295,7 +294,7 @@ def sample_times(steps, alpha):
 
 
 def euler(velocity, z, times):
-    """Integrate dz/dt = velocity(z, t) over descending times (a CPU tensor): one evaluation per step."""
+    """Integrate dz/dt = velocity(z, t) over descending times: one evaluation a step."""
     for t, t_next in zip(times[:-1], times[1:]):  # t_next < t
         z = z - (t - t_next) * velocity(z, t)
     return z
@@ -311,19 +310,20 @@ def conditional(model, y, *base):
 # Loading and looking
 
 def load_dit(path_or_name, device="cpu"):
-    """A DiT for use (EMA, eval mode) from a dit.pt, its run's folder or release:NAME.
+    """A DiT for use (EMA, eval mode): from a dit.pt, its run's folder or release:NAME.
 
-    What sampling needs besides is on it: alpha, classes ([]: unconditional), rae (the autoencoder's place),
-    guide (the place of an AutoGuidance model that came with it, or None), its scale, label_dropout, step.
+    What sampling needs is on it: alpha, classes ([]: unconditional), rae (the autoencoder's place),
+    guide (that of an AutoGuidance model beside it, or None), its scale, label_dropout, step.
     """
     path = locate(path_or_name, "dit.pt")  # release:NAME is converted here
     saved = read_weights(path)
     config = saved.get("config", {})
     if "width" not in config:
-        raise UserError(f"{path} is no dit.pt, as train_dit.py writes it (a rae.pt? a released file?"
-                        " `release:NAME` reads those)")
+        raise UserError(f"{path} is no dit.pt, as train_dit.py writes it (a rae.pt? a released"
+                        " file? `release:NAME` reads those)")
     model = DiT(**config)
-    load_strict(model, {key: value.float() for key, value in saved["ema"].items()}, str(path))
+    averaged = {key: value.float() for key, value in saved["ema"].items()}
+    load_strict(model, averaged, str(path))
     model.step = saved.get("step")
     model.label_dropout = saved.get("fixed", {}).get("label_dropout", 0.1)
     model.alpha = saved["alpha"]
@@ -335,16 +335,17 @@ def load_dit(path_or_name, device="cpu"):
 
 
 @torch.no_grad()
-def evaluate(model, rae, dataset, alpha, device, rank=0, world=1, unconditional=False, workers=None, batch=64,
+def evaluate(model, rae, dataset, alpha, device, unconditional=False, workers=None, batch=64,
              most=1024):
-    """On at most `most` held-out images: the loss at five times t; and FD, the Fréchet distance, in the space
-    of the encoder's mean tokens, of latents generated for the same labels in 25 steps to the real ones."""
+    """On at most `most` held-out images: the loss at five times t; and FD, the Fréchet distance
+    of latents generated for their labels in 25 steps from theirs, as mean tokens."""
     times = (0.1, 0.3, 0.5, 0.7, 0.9)  # as they are, not shifted
     n = min(most, len(dataset))  # images, but for broken files
     losses = torch.zeros(len(times), device=device)  # sums over images
     means = torch.zeros(2, n, rae.token_dim, device=device)  # real, fake
     seen = torch.zeros(n, device=device)
-    for images, y, numbers in in_order(dataset, batch, device, rank, world, workers, n):
+    ranks = dist.get_rank(), dist.get_world_size()
+    for images, y, numbers in in_order(dataset, batch, device, *ranks, workers, n):
         if unconditional:
             y = torch.full_like(y, model.num_classes)
         z = rae.encode(images)  # (B, N, D)
@@ -368,15 +369,16 @@ def evaluate(model, rae, dataset, alpha, device, rank=0, world=1, unconditional=
 
 @torch.no_grad()
 def picture(model, rae, alpha, unconditional):
-    """Fifty samples (50,3,H,W) in 25 steps, ten classes in columns; the same noise every time."""
+    """Fifty samples (50,3,H,W) in 25 steps, ten classes in columns, of the same noise."""
     count = model.num_classes
     column = torch.arange(50) % 10
     y = column * max(1, count // 10) % count  # of many, ten far apart
     if unconditional:
         y.fill_(count)
     device = rae.mean.device
-    noise = normals(mix(0, torch.arange(50)), rae.num_tokens * rae.token_dim, torch.device("cpu"))
-    noise = noise.view(50, rae.num_tokens, rae.token_dim).to(device)
+    size = rae.num_tokens * rae.token_dim
+    noise = normals(mix(0, torch.arange(50)), size, torch.device("cpu")).to(device)
+    noise = noise.view(50, rae.num_tokens, rae.token_dim)
     z = euler(conditional(model, y.to(device)), noise, sample_times(25, alpha))  # (50, N, D)
     return rae.decode(z).float()
 
@@ -392,7 +394,7 @@ RECIPES = {  # the paper's for its encoders, and one for a laptop; flags overrid
 
 
 def learning_rate(step, epoch, args):
-    """Linear warm-up, a plateau, and from decay_start to decay_end (epochs) a linear fall to a tenth."""
+    """Linear warm-up, a plateau, from decay_start to decay_end (epochs) a fall to a tenth."""
     rising = min(1, (step + 1) / max(args.warmup * epoch, 1))  # the first step counts as one
     length = max(args.decay_end - args.decay_start, 1e-9)
     fallen = min(max((step / epoch - args.decay_start) / length, 0), 1)  # 0 ... 1
@@ -425,8 +427,8 @@ def parse_args(argv=None):
     add("--eval-every", type=at_least(0), default=0, help="steps between evaluations on --val, 0: none")
     args = parser.parse_args(argv)
     if args.encoder and not args.describe:
-        raise UserError("--encoder goes with --describe: stage 2 takes the encoder of its autoencoder, which"
-                        " --run or --rae names")
+        raise UserError("--encoder goes with --describe: stage 2 takes its autoencoder's encoder,"
+                        " which --run or --rae names")
     if args.encoder and args.encoder not in ENCODERS:
         raise UserError(f"unknown encoder {args.encoder!r}; there are {', '.join(ENCODERS)}")
     return args
@@ -439,17 +441,17 @@ def find_autoencoder(args):
         return args.rae, run
     if run:
         if not Path(run, "rae.pt").exists():
-            raise UserError(f"{run} holds no rae.pt: train_decoder.py --run {run} makes it, --rae names"
-                            " another")
+            raise UserError(f"{run} holds no rae.pt: train_decoder.py --run {run} makes it, or"
+                            " name another by --rae")
         return run / "rae.pt", run
     place = newest("rae.pt")  # of out/, or the demo's
     return place, None if ROOT / "assets" in place.parents else place.parent
 
 
 def settings(args, rae):
-    """(what was given, with all that follows from it; DiT's arguments, but for the classes)."""
+    """(what was given, and what follows from it; DiT's arguments, but for the classes)."""
     args = with_recipe(args, RECIPES, rae.name)
-    depth, heads = SIZES.get(args.width, (None, None))  # the paper's S, B, L, XL
+    depth, heads = SIZES.get(args.width, (None, None))  # S, B, L, XL
     args.depth = args.depth or depth
     args.heads = args.heads or heads
     if not args.depth or not args.heads:
@@ -464,8 +466,8 @@ def settings(args, rae):
     if args.decay_end < args.decay_start < math.inf:
         raise UserError(f"--decay-end {args.decay_end} comes before --decay-start {args.decay_start}")
     config = dict(tokens=rae.num_tokens, token_dim=rae.token_dim, width=args.width, depth=args.depth,
-                  heads=args.heads, head=args.head, head_depth=args.head_depth, head_heads=args.head_heads,
-                  predict=args.predict, base_head=args.base_head)
+                  heads=args.heads, head=args.head, head_depth=args.head_depth,
+                  head_heads=args.head_heads, predict=args.predict, base_head=args.base_head)
     return args, config
 
 
@@ -480,9 +482,10 @@ def warn_if_narrow(config):
     for output, flag in outputs:
         width = config[flag]
         if width < n:
-            print(f"WARNING: the {output} has at most rank {width} of {n} token dimensions. Theorem 1: its"
-                  f" loss cannot fall below {1 - width / n:.3f} at any depth. Raise --{flag} to {n}, or"
-                  " predict the latent: --predict x")
+            floor = 1 - width / n
+            print(f"WARNING: the {output} has at most rank {width} of {n} token dimensions. Theorem"
+                  f" 1: its loss cannot fall below {floor:.3f} at any depth. Raise --{flag} to {n},"
+                  " or predict the latent: --predict x")
 
 
 def main():
@@ -497,8 +500,9 @@ def main():
         place, run = find_autoencoder(args)
         rae = load_rae(place, device, decode_only=args.describe)
     args, config = settings(args, rae)
-    one_image = (torch.empty(1, rae.num_tokens, rae.token_dim, device="meta"),
-                 torch.empty(1, device="meta"), torch.empty(1, dtype=torch.int64, device="meta"))
+    with torch.device("meta"):
+        one_image = (torch.empty(1, rae.num_tokens, rae.token_dim), torch.empty(1),
+                     torch.empty(1, dtype=torch.int64))  # x_t, t, y
     base = args.base_head > 0
     if args.describe:
         with torch.device("meta"):
@@ -510,14 +514,14 @@ def main():
     # The data: the autoencoder's, unless another is given
     data = absolute(args.data or default_data(rae))
     if not args.data and data != "shapes" and not Path(data).is_dir():
-        raise UserError(f"{data}, on which {place} was trained, is not there: name its place, or other"
-                        " images, with --data")
+        raise UserError(f"{data}, on which {place} was trained, is not there: name its place,"
+                        " or other images, with --data")
     dataset = open_data(data, rae.image_size)
     held_out = open_val(args.val, data, rae.image_size) if args.eval_every else None
     if args.eval_every and (held_out is None or len(held_out) < 2):
-        raise UserError(f"--eval-every needs held-out images: --val names them, {data}/val does not hold any")
+        raise UserError(f"--eval-every needs held-out images, {data}/val has none: give --val")
     if held_out and held_out.classes != dataset.classes:
-        raise UserError(f"--val has other classes ({len(held_out.classes)}) than --data: name another")
+        raise UserError(f"--val has other classes ({len(held_out.classes)}) than --data")
     config["num_classes"] = len(dataset.classes)
     epoch, _, total = length_of(args, dataset, world)
     if not total:
@@ -527,12 +531,12 @@ def main():
     # The run's folder, and where an earlier start left it
     run = run or Path(f"out/{rae.name}")
     claim(run)
-    fixed = dict(config, stage=2, seed=args.seed, batch=args.batch, data=Path(data).name,
-                 images=len(dataset), alpha=alpha, time=args.time, label_dropout=args.label_dropout,
-                 latents=f"{rae.name} {rae.var.double().mean():.6f}")  # tells autoencoders apart
+    fixed = dict(config, stage=2, seed=args.seed, batch=args.batch, alpha=alpha, time=args.time,
+                 label_dropout=args.label_dropout, data=Path(data).name, images=len(dataset),
+                 latents=f"{rae.name} {rae.var.double().mean():.6f}")  # which autoencoder
     saved, step = resume(run / "dit.pt", fixed)
     if saved and step >= total:
-        return say(f"{run}/dit.pt is at step {step} of {total}: finished; more --epochs or --steps extend it")
+        return say(f"{run}/dit.pt is at step {step} of {total}: finished; more --epochs extend it")
     if rank == 0:
         warn_if_narrow(config)
 
@@ -542,14 +546,16 @@ def main():
     if args.init and not saved:
         other = load_dit(args.init)  # its average
         if other.predict != args.predict:
-            raise UserError(f"--init {args.init} predicts {other.predict}: give --predict {other.predict}")
+            way = other.predict
+            raise UserError(f"--init {args.init} predicts {way}: give --predict {way}")
         weights = other.state_dict()
-        if base and not any(key.startswith("base_layer.") for key in weights):
+        if base and not other.base_head:
             say(f"--init {args.init} has no base head: that one is new")
-            weights |= {f"base_layer.{key}": value for key, value in model.base_layer.state_dict().items()}
+            weights |= model.base_layer.state_dict(prefix="base_layer.")
         load_strict(model, weights, f"--init {args.init}")
     ema = ModelEmaV3(model, decay=args.ema)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
+                                  fused=True)
     parts = dict(model=model, ema=ema.module, optimizer=optimizer)
     if saved:
         restore(parts, saved)
@@ -576,8 +582,8 @@ def main():
     flops = image_flops(rae, lambda: DiT(**config), *one_image, base)
     meter = Meter(run, 2, step, total, args.batch, flops, device)
     say(f"{run}: DiT of {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters on"
-        f" {rae.num_tokens} x {rae.token_dim} latents of {rae.name} ({place}); {data}: {len(dataset)} images,"
-        f" {len(dataset.classes)} classes; alpha {alpha:.3f}, {dtype}, {world} x {device.type},"
+        f" {rae.num_tokens} x {rae.token_dim} latents of {rae.name} ({place}); {data}: {len(dataset)}"
+        f" images, {len(dataset.classes)} classes; alpha {alpha:.3f}, {dtype}, {world} x {device.type},"
         f" steps {step} to {total}")
 
     # The loop, in optimiser steps
@@ -586,7 +592,7 @@ def main():
     while step < total and not stop:
         for i in range(args.accum):
             images, y, keys = next(loader)
-            mirrored = (keys & 1).bool().to(device, non_blocking=True)  # a fair coin of each sample
+            mirrored = (keys & 1).bool().to(device, non_blocking=True)  # its own coin
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
             z = rae.encode(images)  # (B, N, D)
             with synced(ddp, i == args.accum - 1):
@@ -610,11 +616,10 @@ def main():
                     save_picture(samples, run / f"samples/{step:07d}.png", nrow=10)
         if held_out and step % args.eval_every == 0 and not stop:
             with meter.paused():
-                found = evaluate(ema.module, rae, held_out, alpha, device, rank, world, unconditional,
-                                 args.workers)
+                found = evaluate(ema.module, rae, held_out, alpha, device, unconditional, args.workers)
                 log(run, stage=2, step=step, **found)
     if stop:
-        return say(f"stopped; {run}/dit.pt is at step {step}, and the same command goes on from there")
+        return say(f"stopped; {run}/dit.pt is at step {step}, and the same command goes on")
     say(f"wrote {run}/dit.pt and {run}/samples. Next: python sample.py --run {run}")
 
 

@@ -6,7 +6,7 @@
     python assets/figures.py stage2        # width, head, shift: trains 9 DiTs; then tau, after stage1
     python assets/figures.py latents       # RAE, VAE and pixels: one DiT^DH on each, by steps
     python assets/figures.py guidance      # the bundled demo under guidance, and best of N
-    python assets/figures.py beyond        # x-prediction and base heads: trains 22 DiTs
+    python assets/figures.py beyond        # x-prediction and base heads: trains 44 DiTs
 
 An ablation's rows are one command with one flag changed; its runs stay under out/ablations, so that a second
 start goes on. Pictures go to assets/ (curves need matplotlib).
@@ -52,19 +52,18 @@ STAGE2 = {  # name: flags; 3 epochs each
     "recipe, the paper's base (alpha 0.61)": "--shift-base 4096",
     "recipe, t uniform before the shift": "--time uniform",
 }
-BEYOND = {  # name: flags; the quickstart's 1,954 steps each, v-prediction and no base head unless it is said
+BEYOND = {  # name: flags; the quickstart's 1,954 steps each, with v-prediction and with x-prediction
     "64 x 4, no head": "--width 64 --depth 4 --heads 4 --head 0",
-    "64 x 4, no head, x": "--width 64 --depth 4 --heads 4 --head 0 --predict x",
+    "64 x 4 + head 256 x 2": "--width 64 --depth 4 --heads 4",
     "96 x 4, no head": "--width 96 --depth 4 --heads 6 --head 0",
-    "96 x 4, no head, x": "--width 96 --depth 4 --heads 6 --head 0 --predict x",
-    "recipe": "",
-    "recipe, x": "--predict x",
-    "recipe, base head 1": "--base-head 1",
+    "96 x 4 + head 256 x 2": "--width 96 --depth 4 --heads 6",
+    "192 x 8, no head": "--depth 8 --head 0",
+    "192 x 4 + head 256 x 2 (recipe)": "",
     "recipe, base head 2": "--base-head 2",
-    "recipe, base head 3": "--base-head 3",
-    "recipe, x, base head 2": "--predict x --base-head 2",
 }
-SEEDED = list(BEYOND)[:6]  # v and x at three widths: with two more seeds, unguided
+BEYOND = {name + ending: flags + more for name, flags in BEYOND.items()
+          for ending, more in (("", ""), (", x", " --predict x"))}
+DEPTHS = {f"recipe, base head {k}": f"--base-head {k}" for k in (1, 3)}  # one seed each
 
 
 # Runs and pictures
@@ -136,6 +135,12 @@ def stage1():
         print(f"| {name} | {last['psnr']:.2f} | {last['ssim']:.3f} | {noisy} | {last['n']} |")
 
 
+def with_range(values, form):
+    """The mean, with the least and the largest where there are several."""
+    mean = form.format(sum(values) / len(values))
+    return mean if len(values) == 1 else f"{mean} ({form.format(min(values))} to {form.format(max(values))})"
+
+
 class Score:
     """Of samples: the share that a classifier recognises; FD, precision, recall in `tiny`'s mean tokens."""
     columns = "recognised | FD | precision | recall | evaluations per image |"
@@ -156,7 +161,7 @@ class Score:
         return pooled(self.rae)(images / 255)
 
     def __call__(self, model, rae=None, **options):
-        """(FD, a row of the table, the samples) of a model under guidance."""
+        """{recognised, fd, precision, recall, calls, images: the first 20} of a model under guidance."""
         # What each model evaluates is counted where it happens
         seen = {"model": 0, "weak": 0}
         for name, module in (("model", model), ("weak", options.get("weak"))):
@@ -176,7 +181,14 @@ class Score:
         fd = frechet_distance(*moments(features), *moments(self.real))
         precision, recall = precision_recall(self.real[:len(self.y)], features)
         calls = " + ".join(f"{count / len(self.y):g}" for count in seen.values() if count)
-        return fd, f"{hits:.1%} | {fd:.3f} | {precision:.2f} | {recall:.2f} | {calls} |", fake
+        return dict(recognised=hits, fd=fd, precision=precision, recall=recall, calls=calls, images=fake[:20])
+
+    @staticmethod
+    def row(*found):
+        """The cells of a table, of one score or of those of several seeds."""
+        forms = dict(recognised="{:.1%}", fd="{:.3f}", precision="{:.2f}", recall="{:.2f}")
+        cells = [with_range([score[key] for score in found], form) for key, form in forms.items()]
+        return " | ".join((*cells, found[0]["calls"])) + " |"
 
 
 def stage2(num=1000):
@@ -188,17 +200,17 @@ def stage2(num=1000):
     print(f"| model | parameters | {Score.columns}\n|---|---|---|---|---|---|---|")
     for name, folder in runs.items():
         model = load_dit(folder)
-        _, row, fake = score(model)
-        pictures.append(fake[:20])
+        found = score(model)
+        pictures.append(found["images"])
         size = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"| {name} | {size:.1f} M | {row}", flush=True)
+        print(f"| {name} | {size:.1f} M | {score.row(found)}", flush=True)
 
     # Does a decoder that was trained with noise forgive the DiT more?
     recipe = runs[list(STAGE2)[0]]
     for what, dit in (("recipe", recipe), ("weak", ROOT / "assets/demo/weak.pt")):
         for name in list(STAGE1)[:4]:
-            _, row, _ = score(load_dit(dit), load_rae(folder_of(name)))
-            print(f"| {what}, decoder of stage 1, {name} | | {row}", flush=True)
+            found = score(load_dit(dit), load_rae(folder_of(name)))
+            print(f"| {what}, decoder of stage 1, {name} | | {score.row(found)}", flush=True)
     save_image(torch.cat(pictures), ROOT / "assets/ablations.png", nrow=20)
 
 
@@ -219,14 +231,14 @@ def guidance(num=2000):
     found = {name: [] for name in ways}
     for name, (scales, options) in ways.items():
         for scale in scales:
-            fd, row, _ = score(model, scale=scale, **options)
-            found[name].append((scale, fd))
-            print(f"| {name} | {scale} | {row}", flush=True)
+            scores = score(model, scale=scale, **options)
+            found[name].append((scale, scores["fd"]))
+            print(f"| {name} | {scale} | {score.row(scores)}", flush=True)
     # Latents are representations: a probe picks the best of 4 before any is decoded
     best = dict(probe=probe, best_of=4)
     for name, net, options in (("none, best of 4", model, best), ("the weak model alone", weak, {}),
                                ("the weak model, best of 4", weak, best)):
-        print(f"| {name} | 1 | {score(net, **options)[1]}", flush=True)
+        print(f"| {name} | 1 | {score.row(score(net, **options))}", flush=True)
 
     # The curves all start from scale 1
     figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
@@ -306,12 +318,6 @@ def steps_to(fd, scores):
     log_fds = [-math.log(score["fd"]) for score in scores.values()]
     log_steps = [math.log(step) for step in scores]
     return math.exp(np.interp(-math.log(fd), log_fds, log_steps))
-
-
-def with_range(values, form):
-    """The mean, with the least and the largest where there are several."""
-    mean = form.format(sum(values) / len(values))
-    return mean if len(values) == 1 else f"{mean} ({form.format(min(values))} to {form.format(max(values))})"
 
 
 def latents(num=1000, seeds=3):
@@ -404,36 +410,33 @@ def ways_of(model, weak):
         yield "classifier-free in [0.1, 0.8]", 1.5, dict(interval=(0.1, 0.8))
 
 
-def beyond(num=1000):
+def beyond(num=1000, seeds=3):
     """x-prediction, and guidance by a base head; against the other guidances, on the same models."""
     plt = curves()
     base = "train_dit.py --rae assets/demo/rae.pt"
-    runs = {name: run(f"beyond: {name}", *base.split(), *flags.split()) for name, flags in BEYOND.items()}
+    runs = {}
+    for name, flags in (BEYOND | DEPTHS).items():
+        count = seeds if name in BEYOND else 1
+        runs[name] = [run(f"beyond: {name}, seed {seed}", *f"{base} {flags} --seed {seed}".split())
+                      for seed in range(count)]
     weak = load_dit(ROOT / "assets/demo/weak.pt")
     score = Score(num)
     print(f"| model | guidance | scale | {Score.columns}\n|---|---|---|---|---|---|---|---|")
-    found = {}  # (model, guidance): [(scale, FD)]
-    for name, folder in runs.items():
-        model = load_dit(folder)
-        for way, scale, options in ways_of(model, weak):
-            fd, row, _ = score(model, scale=scale, **options)
+    found = {}  # (model, guidance): [(scale, mean FD)]
+    for name, folders in runs.items():
+        models = [load_dit(folder) for folder in folders]
+        for way, scale, options in ways_of(models[0], weak):
+            # Kept in each run's folder, so that a second start goes on
+            scores = []
+            for folder, model in zip(folders, models):
+                place = folder / f"score {way} {scale}.pt"
+                if not place.exists():
+                    torch.save(score(model, scale=scale, **options), place)
+                scores.append(torch.load(place))
+            fd = sum(one["fd"] for one in scores) / len(scores)
             found.setdefault((name, way), []).append((scale, fd))
-            print(f"| {name} | {way} | {scale} | {row}", flush=True)
+            print(f"| {name} | {way} | {scale} | {score.row(*scores)}", flush=True)
     beyond_curves(plt, found, num)
-
-    # By how much do seeds differ?
-    print("| model | recognised, three seeds | FD |\n|---|---|---|")
-    for name in SEEDED:
-        shares = []
-        distances = []
-        for seed in range(3):
-            flags = f"{base} {BEYOND[name]} --seed {seed}".split()
-            folder = run(f"beyond: {name}, seed {seed}", *flags) if seed else runs[name]
-            fd, row, _ = score(load_dit(folder))
-            distances.append(fd)
-            shares.append(float(row.split("%")[0]))
-        row = f"{with_range(shares, '{:.1f} %')} | {with_range(distances, '{:.2f}')}"
-        print(f"| {name} | {row} |", flush=True)
 
 
 def beyond_curves(plt, found, num):
@@ -448,9 +451,9 @@ def beyond_curves(plt, found, num):
             points = start_at + found[name, "AutoGuidance"]
             axes.plot(*zip(*points), "s--", color=colour, lw=1, ms=4, label=f"{name}: AutoGuidance")
     for (name, way), points in found.items():
-        if name in ("recipe", "recipe, x"):
-            axes.axhline(points[0][1], color="0.6", lw=1, ls=":" if name == "recipe" else "-.",
-                         label=f"{name}, no base head, unguided")
+        if "(recipe)" in name:
+            axes.axhline(points[0][1], color="0.6", lw=1, ls="-." if name.endswith("x") else ":",
+                         label=f"{name}, unguided")
     axes.set(xlabel="guidance scale", ylabel="FD, mean tokens of tiny", title=f"n = {num}, 25 steps")
     axes.legend(fontsize=7)
     figure.savefig(ROOT / "assets/beyond.png", dpi=110)
