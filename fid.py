@@ -13,8 +13,8 @@ Published figures take the features of the 2015 TensorFlow Inception. `--feature
 
 One line of JSON: figures, n, reference, and warnings of what makes figures incomparable.
 Images come as the `arr_0` of an .npz, uint8 (N,H,W,3), shuffled. N images, D features of each.
-Sources: FID Heusel 2017, Inception Score Salimans 2016, precision, recall Kynkaanniemi 2019, SSIM
-Wang 2004, all by the protocol of ADM (Dhariwal 2021), as in the paper (arXiv 2510.11690).
+Sources: FID Heusel 2017, IS Salimans 2016, precision, recall Kynkaanniemi 2019, SSIM Wang 2004,
+all by the protocol of ADM (Dhariwal 2021), as in the paper (arXiv 2510.11690).
 """
 import argparse
 import hashlib
@@ -70,7 +70,7 @@ def resize_tf1(x, side=299):
         source = torch.arange(side, device=x.device) * (size / side)
         low = source.long()
         high = (low + 1).clamp(max=size - 1)
-        share = (source - low).view(-1, *[1] * (3 - dim))  # of the higher one
+        share = (source - low).view(-1, *[1] * (3 - dim))  # weight of the higher one
         x = torch.lerp(x.index_select(dim, low), x.index_select(dim, high), share)
     return x
 
@@ -136,7 +136,7 @@ def moments(features):
         raise UserError(f"{len(features)} image given, a covariance needs at least 2: add more")
     blocks = features.split(4096)  # in float64 one at a time
     mu = sum(rows.double().sum(0) for rows in blocks) / len(features)  # (D,)
-    centred = (rows.double() - mu for rows in blocks)  # first: squares would cancel
+    centred = (rows.double() - mu for rows in blocks)  # before squaring, against cancellation
     sigma = sum(rows.T @ rows for rows in centred) / (len(features) - 1)  # (D, D)
     return mu.cpu().numpy(), sigma.cpu().numpy()
 
@@ -152,7 +152,7 @@ def root(sigma, name="one side"):
     factor = np.empty((len(lower), rank))
     factor[pivots - 1] = lower  # rows back to their places, counted from 1
     rest = pivots[rank:] - 1
-    left = sigma[np.ix_(rest, rest)] - lower[rank:] @ lower[rank:].T  # ... if that is nothing
+    left = sigma[np.ix_(rest, rest)] - lower[rank:] @ lower[rank:].T  # ... if nothing is left
     if np.abs(left).max(initial=0) <= 1e-10 * np.abs(sigma).max():
         return factor
 
@@ -168,11 +168,11 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Squared Frechet distance of two Gaussians, >= 0; mu (D,), sigma (D,D).
 
     With S1 = L1 L1^T and S2 = L2 L2^T the eigenvalues of S1 S2 are the squares of the singular
-    values of L1^T L2, whose sum is Tr (S1 S2)^(1/2): no root of a matrix or a rounding error.
+    values of L1^T L2, whose sum is Tr (S1 S2)^(1/2): no root of a matrix or of a negative number.
     """
     given = [np.asarray(x, np.float64) for x in (mu1, mu2, sigma1, sigma2)]
     mu1, mu2, sigma1, sigma2 = given
-    # max(0.0, nan) is 0.0, a perfect distance
+    # Nothing may be nan: max(0.0, nan), below, is 0.0, a perfect distance
     shapes = {mu1.shape * 2, mu2.shape * 2, sigma1.shape, sigma2.shape}
     if len(shapes) > 1 or not all(np.isfinite(x).all() for x in given):
         raise UserError(f"statistics must be finite and of one dimension, these are {sigma1.shape},"
@@ -213,7 +213,7 @@ def precision_recall(real, fake, k=3, block=2 ** 25):
     real = real - centre
     fake = fake - centre
 
-    # Around each image a ball: how far its own set is from it
+    # A ball around each image, as wide as its k-th neighbour in its own set is far
     def squared_radii(x):
         radii = torch.empty(len(x), device=x.device)
         for rows in torch.arange(len(x), device=x.device).split(max(1, block // len(x))):
@@ -235,14 +235,14 @@ def precision_recall(real, fake, k=3, block=2 ** 25):
     return precise / len(fake), recalled.double().mean().item()
 
 
-def fit_probe(features, labels, decay=1e-4):
+def fit_probe(features, labels, num_classes, decay=1e-4):
     """features (N,D), labels (N,) -> a function (M,D) -> logits (M,C): logistic regression."""
     mean = features.mean(0)
     std = features.std(0) + 1e-6  # L-BFGS wants one scale; a constant feature stays 0
     x = (features - mean) / std
 
     # The loss is convex: zero is as good a start as any
-    head = nn.Linear(features.shape[1], int(labels.max()) + 1).to(features.device)
+    head = nn.Linear(features.shape[1], num_classes).to(features.device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200,
@@ -262,7 +262,8 @@ def fit_probe(features, labels, decay=1e-4):
 
 def linear_probe(train_features, train_labels, test_features, test_labels):
     """(N,D), (N,) and (M,D), (M,) -> top-1 of a linear classifier (Table 1d)."""
-    guess = fit_probe(train_features, train_labels)(test_features).argmax(1)  # (M,)
+    num_classes = int(torch.cat([train_labels, test_labels]).max()) + 1
+    guess = fit_probe(train_features, train_labels, num_classes)(test_features).argmax(1)  # (M,)
     return (guess == test_labels).double().mean().item()
 
 
@@ -315,12 +316,10 @@ def load_lpips(device="cpu", vgg=None):
     if vgg != "random":
         otherwise = "--lpips-vgg PATH (LPIPS), or train without LPIPS: --lpips-weight 0"
         state = read_weights(vgg) if vgg else download(VGG, otherwise)
-        for part in range(1, 6):  # five slices of one numbered sequence
-            layers = getattr(net.net, f"slice{part}")
-            names = tuple(f"features.{name}." for name, _ in layers.named_children())
-            own = {key: value for key, value in state.items() if key.startswith(names)}
-            own = {key.removeprefix("features."): value for key, value in own.items()}
-            load_strict(layers, own, "VGG16 of LPIPS")
+        # Its five slices are one numbered sequence in the file
+        names = {f"features.{key.split('.', 1)[1]}": key for key in net.net.state_dict()}
+        own = {names[key]: value for key, value in state.items() if key in names}
+        load_strict(net.net, own, "VGG16 of LPIPS")
     return net.to(device).eval().requires_grad_(False)
 
 
@@ -331,7 +330,7 @@ class Pictures(Folder):
     def __init__(self, path, files):
         # A resized image would be another image: all must have one size
         try:
-            sizes = {Image.open(file).size[::-1]: file.name for file in files}  # by headers
+            sizes = {Image.open(file).size[::-1]: file.name for file in files}  # headers only
         except BROKEN as error:
             raise UserError(f"{path}: {error}; every file there should be an image") from None
         if len(sizes) > 1:
@@ -371,9 +370,9 @@ def map_images(path):
         plain = info.compress_type == zipfile.ZIP_STORED
         plain = plain and np.lib.format.read_magic(member) == (1, 0)
         if plain:  # numpy's header, then the array
-            shape, turned, dtype = np.lib.format.read_array_header_1_0(member)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
             header = member.tell()
-            plain = not turned and not dtype.hasobject
+            plain = not fortran and not dtype.hasobject
         if not plain:
             return np.load(path, allow_pickle=False)["arr_0"]
         while dist.get_rank() == 0 and member.read(2 ** 24):
@@ -398,7 +397,7 @@ class Source(NamedTuple):
 
 
 def open_source(path, size=None):
-    """The Source of that name. size [h, w]: its partner's, to which class folders are cropped."""
+    """The Source of that name. size [h, w]: its partner's, for class folders to be cropped to."""
     wanted = ("give an .npz with arr_0 (uint8 images) or mu and sigma, a folder of images, or"
               " `shapes`")
 
@@ -427,7 +426,8 @@ def open_source(path, size=None):
     except (AttributeError, OSError, ValueError, EOFError, zlib.error,
             zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read as an .npz ({error}): {wanted}") from None
-    if images is None and not {"mu", "sigma"} <= arrays.keys():
+    given = arrays.keys() & {"mu", "sigma"}
+    if len(given) == 1 or images is None and not given:
         raise UserError(f"{path} holds {', '.join(arrays) or 'nothing'}: {wanted}")
     return Source(path, None if images is None else Array(path, images), arrays)
 
@@ -446,7 +446,7 @@ def check(source, args):
 
     # Images: enough of them, and files that are there
     if images is not None and len(images) < 2:
-        raise UserError(f"{name}: {len(images)} image given, a covariance needs at least 2: add more")
+        raise UserError(f"{name}: {len(images)} image given, a covariance needs at least 2")
     for path, _ in getattr(images, "samples", ()):
         if not Path(path).exists():
             raise UserError(f"{path} is a link that leads nowhere: mend or remove it")
@@ -459,7 +459,7 @@ def check(source, args):
         finite = np.isfinite(mu).all() and np.isfinite(sigma).all()
         if not fits or not finite:
             raise UserError(f"{name} holds statistics {mu.shape}, {sigma.shape} of {of}; --features"
-                            f" {args.features} needs {args.dim}, all finite: make both alike")
+                            f" {args.features} needs {args.dim}, all finite: make it with these")
         root(sigma, name)  # refuses negative variances
 
 
@@ -472,7 +472,7 @@ def per_image(dataset, measure, batch, device, num=None):
     """
     # All batches, and this rank's
     some = np.random.RandomState(0).permutation(len(dataset))[:num]
-    order = np.sort(some).tolist()  # as files lie
+    order = np.sort(some).tolist()  # in the files' order
     items = [(index, row) for row, index in enumerate(order)]
     batches = [items[i:i + batch] for i in range(0, len(items), batch)]
     mine = batches[dist.get_rank()::dist.get_world_size()]
@@ -560,7 +560,8 @@ def judge_samples(args, device):
 
     # Warnings
     said = []
-    labels = generated.arrays.get("labels", generated.arrays.get("arr_1", np.zeros(0)))
+    arrays = generated.arrays
+    labels = arrays.get("labels", arrays.get("arr_1", np.zeros(0)))  # our name, ADM's
     _, counts = np.unique(labels, return_counts=True)
     if len({*counts.tolist()}) > 1:
         said.append("classes are not equally frequent, and published figures are balanced")
@@ -621,7 +622,8 @@ def report(args, figures, n, judged, reference, saved, said):
     if args.save_stats:
         with writing(args.save_stats):
             np.savez(args.save_stats, mu=saved[0], sigma=saved[1], n=saved[2] or 0,
-                     features=args.features, size=size or 0, source=reference.name or judged.name)
+                     features=args.features, size=size or 0,
+                     source=reference.name or judged.name)
 
     # What makes figures incomparable
     least = min(n or np.inf, saved[2] or np.inf)
@@ -694,8 +696,7 @@ def parse_args():
 
     # What goes together, and what must not be written over
     pairs = bool(args.generated) != bool(args.data) == bool(args.rae or args.probe)
-    ignored = args.data and args.reference or args.probe and args.save_stats
-    if not pairs or ignored:
+    if not pairs or args.probe and args.save_stats:
         parser.error("give GENERATED [REFERENCE], or --rae and --data, or --probe and --data")
     if args.probe and not args.rae and args.features == "inception":
         parser.error("--probe needs an encoder: --rae RUN, or --features with one of"

@@ -46,7 +46,7 @@ ROOT = Path(__file__).parent
 
 # What every script needs: errors of one sentence, numbers within bounds, fp32 where it matters
 
-class UserError(SystemExit, ValueError):  # the interpreter prints it and exits with 1
+class UserError(SystemExit, ValueError):  # ends a script; who imports us may catch a ValueError
     """One sentence: what was given, what was wanted, what to do. No traceback."""
 
 
@@ -63,7 +63,7 @@ def at_least(low, kind=int, most=math.inf):
 
 @contextmanager
 def writing(path):
-    """What cannot be written ends the run in a sentence; resuming loses little."""
+    """A write that fails ends the run in a sentence; the same command resumes it."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -78,7 +78,7 @@ def check_picture(path):
 
 
 def in_fp32(function):
-    """Decorator: no autocast, and bf16 tensors come in fp32: eight bits would spoil this."""
+    """Decorator: no autocast, bf16 arguments widened to fp32: eight bits would spoil this."""
     def widened(x):
         return x.float() if torch.is_tensor(x) and x.dtype == torch.bfloat16 else x
 
@@ -117,8 +117,8 @@ def normals(keys, count, device):
 # Images
 
 def center_crop(image, size):
-    """PIL image -> its centre, size x size, as ADM does it: halved by boxes, then bicubic."""
-    # Bicubic alone would give other pixels
+    """PIL image -> its centre, size x size, as ADM (Dhariwal 2021) crops ImageNet."""
+    # ADM halves by boxes first: bicubic alone would give other pixels
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     sides = [round(side * size / min(image.size)) for side in image.size]
@@ -130,7 +130,7 @@ def center_crop(image, size):
 def random_crop(image, size, key):
     """Stage 1's augmentation: the shorter side to 1.5 x size, then a crop drawn from key."""
     image = TF.resize(image, size * 3 // 2, TF.InterpolationMode.BICUBIC)  # 384 for 256
-    rng = np.random.default_rng(key)  # of the sample, wherever and whenever
+    rng = np.random.default_rng(key)  # the sample's own, on any rank, after any resume
     top = rng.integers(image.height - size + 1)
     left = rng.integers(image.width - size + 1)
     return image.crop((left, top, left + size, top + size))
@@ -150,10 +150,10 @@ BROKEN = (OSError, ValueError, SyntaxError, KeyError, IndexError, TypeError, str
 
 
 class Folder(Dataset):
-    """An ImageFolder tree, class/*.jpg; items: (uint8 image (3,size,size), label, key).
+    """An ImageFolder tree, class/*.jpg: (index, key) -> (uint8 (3,size,size), label, key).
 
-    A file that cannot be decoded is named once. In training the next one takes its place, so that
-    batches keep their size; otherwise its item is None, which `good` leaves out.
+    A file that cannot be decoded is named once. In training the next one takes its place: batches
+    keep their size. Otherwise its item is None, which `good` leaves out.
     """
     def __init__(self, path, size, train=False, crop=False):
         # The files, class by class; each image once
@@ -162,8 +162,7 @@ class Folder(Dataset):
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{path}: no such folder, or no class folder in it: images are expected"
                             f" as {path}/CLASS/*.jpg (of a flat folder, `mkdir {path}/all &&"
-                            f" mv {path}/*.* {path}/all` makes one class), or `--data shapes`"
-                            ) from None
+                            f" mv {path}/*.* {path}/all` makes one class)") from None
         if not files.samples:
             raise UserError(f"{path}: no image in any of its {len(files.classes)} class folders")
         places = {os.path.dirname(file) for file, _ in files.samples}
@@ -176,7 +175,7 @@ class Folder(Dataset):
         self.size = size
         self.train = train
         self.crop = crop
-        # What workers share, to tell each once: broken files, and that an image is too small
+        # Shared by workers, so that each is told once: broken files, and one that is too small
         self.broken = torch.zeros(len(self.samples), dtype=torch.bool).share_memory_()
         self.small = torch.zeros((), dtype=torch.bool).share_memory_()
 
@@ -188,8 +187,8 @@ class Folder(Dataset):
         image = read_image(path)  # of any size
         if min(image.size) < self.size and not self.small:
             self.small.fill_(True)
-            print(f"WARNING: {path} has {image.width} x {image.height} pixels, and is enlarged to"
-                  f" {self.size}, as are others like it", flush=True)
+            print(f"WARNING: {path} has {image.width} x {image.height} pixels, and is enlarged"
+                  f" to {self.size}, as are others like it", flush=True)
         if self.train and self.crop:
             return TF.pil_to_tensor(random_crop(image, self.size, key))
         return TF.pil_to_tensor(center_crop(image, self.size))
@@ -215,7 +214,7 @@ def open_data(data, size, crop=False):
     if data == "shapes":
         from assets.shapes import Shapes
         return Shapes(size)
-    inner = Path(data, "train")  # as ImageNet lies
+    inner = Path(data, "train")  # as in ImageNet
     return Folder(inner if inner.is_dir() else data, size, train=True, crop=crop)
 
 
@@ -223,14 +222,14 @@ def open_val(val, data, size):
     """The held-out set, never trained on: --val, held-out shapes, DATA/val, or None."""
     if (val or data) == "shapes":
         from assets.shapes import Shapes
-        return Shapes(size, first=50_000, count=10_000)  # training stops before them
+        return Shapes(size, first=50_000, count=10_000)  # training has those before
     if val or Path(data, "val").is_dir():
         return Folder(val or Path(data, "val"), size)
     return None
 
 
 def worker_count(dataset, workers=None):
-    """Loader processes: as asked; else none for what is drawn, for files a core each, up to 8."""
+    """Loader processes: as asked; else none for drawn images, for files a core each, up to 8."""
     if workers is not None:
         return workers
     if not hasattr(dataset, "samples"):
@@ -253,15 +252,15 @@ def good(items):
 
 
 def spread(length, most=None):
-    """At most so many places all over a data set, whether its classes follow each other or not."""
-    # Of equal parts, a place further in each: a bare stride might meet one class alone
+    """At most `most` places all over a data set, however its classes are ordered."""
+    # Of equal parts, the i-th place of part i: a bare stride might meet one class alone
     count = min(length, most or length)
     return [i * length // count + i % (length // count) for i in range(count)]
 
 
 def in_order(dataset, batch, device, rank=0, world=1, workers=None, most=None):
     """Each image once, or `most` of them, spread; ranks take turns. Yields images (b,3,H,W) in
-    [0,1], labels (b,) and their numbers from 0 on, which broken files leave out."""
+    [0,1], labels (b,) and numbers (b,) counted from 0, those of broken files missing."""
     # This rank's places, in batches
     items = [(place, i) for i, place in enumerate(spread(len(dataset), most))][rank::world]
     order = [items[i:i + batch] for i in range(0, len(items), batch)]
@@ -279,19 +278,19 @@ def in_order(dataset, batch, device, rank=0, world=1, workers=None, most=None):
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # pixel mean and standard deviation
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-TANH = dict(act_layer=partial(nn.GELU, approximate="tanh"))
+TANH = dict(act_layer=partial(nn.GELU, approximate="tanh"))  # timm's has the exact one
 TINY = dict(img_size=32, patch_size=8, embed_dim=96, depth=4, num_heads=4)
 
 
 class Encoder(NamedTuple):
-    timm: str               # timm's name (sdvae: its repository); none: tokens are pixels
+    timm: str               # timm's name (sdvae: its repository); empty: pixels
     image: int              # for images of this side ...
     input: int              # ... the encoder's input has this one
     patch: int              # pixels per token in the encoder's input
     dim: int                # channels of a token
     pixels: tuple           # pixel mean and standard deviation
-    antialias: bool = True  # as the reference implementation resamples positions
-    options: dict = {}      # what timm's model of that name lacks
+    antialias: bool = True  # of resampled positions, as in the reference
+    options: dict = {}      # in which it differs from timm's model of that name
 
     @property
     def stride(self):  # image pixels per token
@@ -304,7 +303,7 @@ ENCODERS = {  #            timm model                            image input pat
     "dinov2_l":  Encoder("vit_large_patch14_reg4_dinov2.lvd142m", 256, 224, 14, 1024, IMAGENET),
     "siglip2_b": Encoder("vit_base_patch16_siglip_256.v2_webli",  256, 256, 16,  768, HALF, options=TANH),
     "mae_b":     Encoder("vit_base_patch16_224.mae",              256, 256, 16,  768, IMAGENET, False),
-    "dino_s8":   Encoder("vit_small_patch8_224.dino",             224, 224,  8,  384, IMAGENET, True, TANH),
+    "dino_s8":   Encoder("vit_small_patch8_224.dino",             224, 224,  8,  384, IMAGENET, options=TANH),
     "sdvae":     Encoder("stabilityai/sd-vae-ft-ema",             256, 256, 16,   16, HALF, options=dict(
                          block_out_channels=(128, 256, 512, 512), layers_per_block=2)),
     "pixel":     Encoder("",                                      256, 256, 16,  768, HALF),
@@ -317,7 +316,7 @@ ENCODERS = {  #            timm model                            image input pat
 
 
 def patchify(images, patch):
-    """(B,3,h*patch,w*patch) -> (B,h*w,3*patch*patch): values by row, column, channel."""
+    """(B,3,h*patch,w*patch) -> (B,h*w,3*patch*patch): by row, column, channel."""
     x = images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (B, 3, h, row, w, column)
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
@@ -341,7 +340,7 @@ class Patches(nn.Module):
 
 
 class SDVAE(nn.Module):
-    """Stable Diffusion's VAE: (B,3,h,w) -> its posterior's mean (B,hw/256,16)."""
+    """Stable Diffusion's VAE: (B,3,h,w) -> the posterior's mean (B,hw/256,16)."""
     def __init__(self, **sizes):
         super().__init__()
         try:
@@ -385,10 +384,11 @@ def build_encoder(name, image_size, weights=None, flag="--encoder-weights PATH")
     if name == "sdvae":
         model = SDVAE(**spec.options)
         hub = spec.timm, "diffusion_pytorch_model.safetensors"
-        native = ()  # no positions
+        native = ()  # no positions to resample
     else:
         # A ViT without its classifier, and with our last layer
-        model = timm.create_model(spec.timm, **dict(num_classes=0, global_pool="") | spec.options)
+        options = dict(num_classes=0, global_pool="") | spec.options
+        model = timm.create_model(spec.timm, **options)
         model.norm = PatchNorm(model.num_prefix_tokens, model.norm.eps)
         hub = f"timm/{spec.timm}", "model.safetensors"
 
@@ -406,14 +406,15 @@ def build_encoder(name, image_size, weights=None, flag="--encoder-weights PATH")
         weights = bundled if bundled.exists() else fetch(*hub, f"{flag} (encoder {name})")
     if str(weights) != "random":  # random: as it was initialised
         state = dict(unwrap(weights if isinstance(weights, dict) else read_weights(weights)))
-        if "register_tokens" in state:  # DINOv2's own file: timm adds [CLS]'s position
+        if "register_tokens" in state:  # DINOv2's own file: timm has [CLS]'s position in [CLS]
             position, state["pos_embed"] = state["pos_embed"].tensor_split([1], 1)
             state["cls_token"] = state["cls_token"] + position
             state["reg_token"] = state.pop("register_tokens")
         if getattr(state.get("pos_embed"), "shape", None) == native:  # ours are saved resampled
             state["pos_embed"] = resample(state["pos_embed"].float())
-        # diffusers has renamed its attention since its file was written
-        for old, new in dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0").items():
+        # Attention, which diffusers has renamed since the VAE's file was written
+        renamed = dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0")
+        for old, new in renamed.items():
             state = {key.replace(f".{old}.", f".{new}."): value for key, value in state.items()}
         # Not needed: the norm's affine part, classifiers, MAE's decoder and the VAE's
         unused = ("norm.", "fc_norm.", "head", "attn_pool.", "decoder", "mask_token", "post_quant")
@@ -425,14 +426,19 @@ def build_encoder(name, image_size, weights=None, flag="--encoder-weights PATH")
 
 # The decoder
 
+def grid_angles(side, dim):
+    """Angles (side*side, dim/2) of a square grid's places: by row, then by column."""
+    exponents = torch.arange(dim // 4).double() / (dim // 4)  # 0 to 1
+    angles = torch.arange(side)[:, None] * 10000.0 ** -exponents  # (side, dim/4)
+    rows = angles.repeat_interleave(side, 0)
+    columns = angles.repeat(side, 1)
+    return torch.cat([rows, columns], 1)
+
+
 def sincos_2d(side, dim):
-    """MAE's fixed position embedding (side*side, dim): first half columns, second half rows."""
-    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega  # (side, dim/4)
-    axis = torch.cat([angles.sin(), angles.cos()], 1)  # (side, dim/2)
-    columns = axis.repeat(side, 1)  # (side*side, dim/2)
-    rows = axis.repeat_interleave(side, 0)  # (side*side, dim/2)
-    return torch.cat([columns, rows], 1).float()
+    """MAE's fixed position embedding (side*side, dim): columns, then rows."""
+    rows, columns = grid_angles(side, dim).chunk(2, 1)  # each (side*side, dim/4)
+    return torch.cat([columns.sin(), columns.cos(), rows.sin(), rows.cos()], 1).float()
 
 
 attention_in_fp32 = in_fp32(F.scaled_dot_product_attention)
@@ -473,13 +479,13 @@ DECODERS = {
 
 
 class Decoder(nn.Module):
-    """MAE's ViT decoder: tokens (B,N,D) -> normalised pixels (B,3,h*patch,w*patch) (appendix)."""
+    """MAE's ViT decoder: tokens (B,N,D) -> normalised pixels (B,3,h*patch,w*patch)."""
     def __init__(self, tokens, token_dim, width, depth, heads, mlp_hidden, patch):
         super().__init__()
         side = math.isqrt(tokens)
         if width % heads or width % 4 or side ** 2 != tokens:
-            raise UserError(f"no decoder of width {width}, {heads} heads on {tokens} tokens: a"
-                            " multiple of the heads and of 4, and a square, are needed")
+            raise UserError(f"no decoder of width {width}, {heads} heads on {tokens} tokens: the"
+                            " width must be a multiple of heads and of 4, the tokens a square")
         self.patch = patch
         self.embed = nn.Linear(token_dim, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -501,10 +507,10 @@ class Decoder(nn.Module):
 # The autoencoder
 
 class RAE(nn.Module):
-    """Frozen encoder, latent statistics, decoder. Weights come by load_encoder and load_rae alone.
+    """Frozen encoder, latent statistics, decoder. Weights come by load_encoder and load_rae.
 
-    encoder: a name in ENCODERS; decoder: one in DECODERS, or a dict of such sizes; image_size: the
-    side of images, which are decoded at image_size * upsample.
+    encoder: a name in ENCODERS; decoder: one in DECODERS, or a dict of such sizes; image_size:
+    the side of images, which are decoded at image_size * upsample.
     """
     def __init__(self, encoder="dinov2_b", decoder="XL", image_size=256, upsample=1):
         super().__init__()
@@ -518,7 +524,7 @@ class RAE(nn.Module):
         self.spec = ENCODERS[encoder]
         self.stride = self.spec.stride
         if image_size % self.stride:
-            raise UserError(f"image size {image_size} misfits {encoder}: use a multiple of"
+            raise UserError(f"image size {image_size} does not fit {encoder}: use a multiple of"
                             f" {self.stride}")
         self.image_size = image_size
         self.upsample = upsample
@@ -591,12 +597,12 @@ def fetch(repo, file, flag):
         return Path(huggingface_hub.hf_hub_download(repo, file))
     except OSError as error:
         raise UserError(f"cannot fetch {file} of {repo} from the Hugging Face hub"
-                        f" ({type(error).__name__}); without a network, bring that file yourself and"
-                        f" name it with {flag}") from None
+                        f" ({type(error).__name__}); without a network, bring that file and name"
+                        f" it with {flag}") from None
 
 
 def read_weights(path):
-    """What a .safetensors or torch file holds, read without running code from it. torch's are mapped:
+    """What a .safetensors or torch file holds; no code in it is run. torch's are mapped, not read:
     eight ranks share one copy, and sampling reads a quarter of it, the averaged weights."""
     try:
         if Path(path).suffix == ".safetensors":
@@ -660,7 +666,7 @@ def locate(path_or_name, file):
 
 def load_rae(path_or_name, device="cpu", decode_only=False):
     """An RAE for use (EMA decoder, eval mode): from a rae.pt, its run's folder or release:NAME.
-    decode_only: without its encoder, as sampling needs it."""
+    decode_only: without its encoder, for sampling."""
     path = locate(path_or_name, "rae.pt")
     saved = read_weights(path)
     if not {"config", "mean", "var", "ema"} <= saved.keys():
@@ -686,7 +692,7 @@ def default_data(rae):
 
 
 def save_checkpoint(path, **state):
-    """Write plain types through a temporary file: a killed process leaves the last one."""
+    """Write plain types through a temporary file: if this is killed, the old one stays."""
     path = Path(path)
     temporary = Path(f"{path}.tmp")
     versions = dict(torch=str(torch.__version__), timm=timm.__version__)
@@ -729,9 +735,9 @@ def start():
 def leave():
     """End the process group after all that refers to it, at exit, however a script ended.
 
-    What ends gloo's threads must not hold the interpreter's lock, for which such a thread may wait:
-    else the finished run hangs for ever. A DDP wrapper that dies last holds it, in torch 2.6 the
-    group as well; the Python object of the group's backend releases it: it has to be the last.
+    What ends gloo's threads must not hold the interpreter's lock, for which a thread may wait: the
+    finished run would hang for ever. A DDP wrapper that dies last holds it, in torch 2.6 the group
+    as well. The Python object of the group's backend releases it: so that has to be the last.
     """
     for name in ("last_exc", "last_value", "last_traceback"):  # an error's frames hold DDP
         vars(sys).pop(name, None)
@@ -744,8 +750,8 @@ def leave():
 
 
 def enlarged(images):
-    """Images (B,3,h,w) of few pixels, each as a square, so that a person sees them."""
-    zoom = max(1, 96 // images.shape[-1])  # whole: nothing is smoothed
+    """Images (B,3,h,w) of few pixels, each pixel a square, so that a person sees them."""
+    zoom = max(1, 96 // images.shape[-1])  # whole pixels: nothing is smoothed
     return images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
 
 
@@ -781,9 +787,10 @@ def main():
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         save_image(enlarged(torch.cat([images, copies])), args.out, nrow=len(images))
     trained = f", trained for {rae.step} steps" if rae.step else ""
+    features = " --features tiny" if default_data(rae) == "shapes" else ""
     print(f"wrote {args.out}: originals above reconstructions by {args.run}{trained}, mean PSNR"
           f" {psnr:.2f} dB over {len(images)} images."
-          f" Next: python fid.py --rae {args.run} --data {default_data(rae)}")
+          f" Next: python fid.py --rae {args.run} --data {default_data(rae)}{features}")
 
 
 if __name__ == "__main__":

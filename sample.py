@@ -39,26 +39,28 @@ def guided(model, y, scale=1.0, weak=None, interval=(0, 1)):
     weak "self", from the model's own base head, in the same pass; outside `interval`: v. What the
     other is worse at, the sum overdoes in the better direction (AutoGuidance, Karras 2024).
     """
+    plain = conditional(model, y)
+
+    # v and the other's: of the base head, of a weaker model, or of the model without a label
     if weak == "self":
         check_base_head(model)
-    # The model, and the other: itself at a smaller depth, another, or itself without a label
-    plain = conditional(model, y)
-    inner = conditional(model, y, True) if weak == "self" else None  # v and base v, one pass
-    other = conditional(weak, y) if weak is not None and not inner else None
-    null = torch.full_like(y, model.num_classes)     # no class
-    both = conditional(model, torch.cat([y, null]))  # one pass, a batch of 2B
+        pair = conditional(model, y, True)  # one pass
+    elif weak is not None:
+        other = conditional(weak, y)
+        def pair(z, t):
+            return plain(z, t), other(z, t)
+    else:
+        null = torch.full_like(y, model.num_classes)
+        both = conditional(model, torch.cat([y, null]))
+        def pair(z, t):
+            return both(z.repeat(2, 1, 1), t).chunk(2)  # one pass, a batch of 2B
 
     def velocity(z, t):
-        # Nobody else is asked where it would change nothing
+        # The other is not asked where it would change nothing
         if scale == 1 or not interval[0] <= float(t) <= interval[1]:
             return plain(z, t)
-        if inner:
-            v, v_base = inner(z, t)
-            return torch.lerp(v_base, v, scale)
-        if other:
-            return torch.lerp(other(z, t), plain(z, t), scale)
-        v, v_null = both(z.repeat(2, 1, 1), t).chunk(2)
-        return torch.lerp(v_null, v, scale)
+        v, v_other = pair(z, t)
+        return torch.lerp(v_other, v, scale)
     return velocity
 
 
@@ -75,7 +77,7 @@ def generate(model, rae, labels, keys, alpha, steps=50, scale=1.0, weak=None, in
     """labels (B,), keys (B,) -> images (B,3,H,W) in [0,1].
 
     best_of: so many latents for each image, of which the one is decoded that `probe`, mean tokens
-    (M,D) -> logits (M,C), finds likeliest: latents are representations (arXiv 2601.16208).
+    (M,D) -> logits (M,C), finds likeliest of its label: latents represent (arXiv 2601.16208).
     """
     # Noise belongs to an image: drawn from its key, on the CPU for every device
     device = rae.mean.device
@@ -111,7 +113,7 @@ def balanced_label(seed, index, num_classes):
 
 
 def pick_classes(names, classes):
-    """Class names or indices that a user gave -> indices; `none`: the null class; None: ten."""
+    """Class names or indices -> indices; `none`: the null class; None: ten of all."""
     if names == ["none"]:
         return [len(classes)]
 
@@ -129,19 +131,19 @@ def pick_classes(names, classes):
     return [known[name] for name in names]
 
 
-def fit_to(rae, data, columns, device):
+def fit_latent_probe(rae, data, columns, num_classes):
     """The probe of --best-of: a linear classifier, of 50 images per class and at least 10,000."""
     # Labels must mean what they mean to the model
     dataset = open_data(data, rae.image_size)
-    if max(columns) >= len(dataset.classes):
+    if max(columns) >= num_classes or len(dataset.classes) != num_classes:
         raise UserError("--best-of needs a class, and an image folder of the model's classes as"
                         f" --data: {data} has {len(dataset.classes)}")
 
     # On real images; what it is shown later are generated latents
     def pooled(images):  # uint8 (b,3,H,W) -> (b,D)
         return rae.tokens(images.float() / 255).mean(1)
-    count = max(10_000, 50 * len(dataset.classes))  # images to fit the probe to
-    return fit_probe(*per_image(dataset, pooled, 64, device, count))
+    count = max(10_000, 50 * num_classes)  # images to fit the probe to
+    return fit_probe(*per_image(dataset, pooled, 64, rae.mean.device, count), num_classes)
 
 
 def parse_args(argv=None):
@@ -168,6 +170,8 @@ def parse_args(argv=None):
     if args.interval and args.interval[0] > args.interval[1]:
         low, high = args.interval
         parser.error(f"--interval {low} {high}: LO comes first, and is not above HI")
+    if args.data and args.best_of == 1:
+        parser.error("--data is what the probe of --best-of is fitted to: give --best-of as well")
     if args.npz and args.out:
         parser.error("--out and --npz exclude each other: a grid, or an archive")
     if args.npz and (Path(args.npz).is_dir() or Path(args.npz).suffix != ".npz"):
@@ -179,7 +183,7 @@ def parse_args(argv=None):
 
 
 def load(args, device):
-    """(model, autoencoder, guiding model or None, scale); refuses what does not fit together."""
+    """(model, autoencoder, guide: None, a model or "self"; scale); refuses what does not fit."""
     # The model, and what guides it: as given, or as the checkpoint brings along
     run = str(args.run or newest("dit.pt"))
     model = load_dit(run, device)
@@ -192,13 +196,15 @@ def load(args, device):
         scale = {None: 1.0, "self": 1.78}.get(guide, 1.42)  # RAEv2's, the paper's
     if guide == "self":
         check_base_head(model)
-    weak = load_dit(guide, device) if guide and guide != "self" else guide  # None, a model, or "self"
+    weak = guide  # None or "self"
+    if guide and guide != "self":
+        weak = load_dit(guide, device)
     if not locate(model.rae, "rae.pt").exists():
         raise UserError(f"{run} was trained on {model.rae}, which is not there any more: bring it"
                         " back")
     rae = load_rae(model.rae, device, decode_only=args.best_of == 1)
 
-    # Do they belong together?
+    # Do they belong together? An RAE's latents are what its DiT makes
     made = model.config["tokens"], model.config["token_dim"]
     if made != (rae.num_tokens, rae.token_dim):
         raise UserError(f"{run} makes {made[0]} x {made[1]} latents, but {model.rae} decodes"
@@ -210,7 +216,8 @@ def load(args, device):
     # Which guidance this model can have
     unconditional = not model.classes or args.classes == ["none"]
     if unconditional and scale != 1 and not weak:
-        raise UserError("classifier-free guidance needs classes: without, --scale 1 or --guide")
+        raise UserError("classifier-free guidance needs classes: without any, give --scale 1 or"
+                        " --guide")
     if not model.classes and args.classes and args.classes != ["none"]:
         raise UserError(f"{run} was trained without labels, and has no classes: leave --classes out")
     if scale != 1 and not weak and not model.label_dropout:
@@ -230,11 +237,14 @@ def main():
     args = parse_args()
     device, rank, world = start()
 
-    # Who draws what
+    # What draws, and which classes
     model, rae, weak, scale = load(args, device)
     columns = pick_classes(args.classes, model.classes) if model.classes else [model.num_classes]
     num = args.num or (50_000 if args.npz else 8 * len(columns))  # as FID is published
-    probe = fit_to(rae, args.data or default_data(rae), columns, device) if args.best_of > 1 else None
+    probe = None  # of nothing to choose from
+    if args.best_of > 1:
+        data = args.data or default_data(rae)
+        probe = fit_latent_probe(rae, data, columns, model.num_classes)
 
     # A label and a key for every index, whoever makes it
     indices = torch.arange(num)
@@ -242,27 +252,27 @@ def main():
         labels = balanced_label(args.seed, indices, len(model.classes))  # 50 of each, if 50,000
     else:
         labels = torch.tensor(columns)[indices % len(columns)]
-    keys = mix(args.seed, 0, indices)  # part 1 shuffles labels
+    keys = mix(args.seed, 0, indices)  # 0: for noise; balanced_label has 1
 
     # Every rank makes its share of the indices and writes it into one array on disk
     out = Path(args.npz or args.out)
-    side = rae.output_size  # of the pictures
+    side = rae.output_size  # of a picture
     begun = time.time()
     pid = torch.tensor(os.getpid())  # rank 0's: two commands may share --out
     dist.broadcast(pid, 0)
     pixels = Path(f"{out}.{int(pid)}.part.npy")
-    if rank == 0:
-        with writing(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            np.lib.format.open_memmap(pixels, "w+", np.uint8, (num, side, side, 3))
-            if hasattr(os, "posix_fallocate"):  # a full disk is found now, not in a mapped page
-                with open(pixels, "r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, pixels.stat().st_size)
-    dist.barrier()
-
-    # Noise -> latents -> pixels, rounded to 8 bits
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that `finally` tidies up
     try:
+        if rank == 0:
+            with writing(out):
+                out.parent.mkdir(parents=True, exist_ok=True)
+                np.lib.format.open_memmap(pixels, "w+", np.uint8, (num, side, side, 3))
+                if hasattr(os, "posix_fallocate"):  # a full disk is found now, not in a mapped page
+                    with open(pixels, "r+b") as file:
+                        os.posix_fallocate(file.fileno(), 0, pixels.stat().st_size)
+        dist.barrier()  # the file is there
+
+        # Noise -> latents -> pixels, rounded to 8 bits
         array = np.lib.format.open_memmap(pixels, "r+")
         mine = indices.tensor_split(world)[rank]  # a stretch, perhaps empty
         parts = mine.split(max(1, args.batch // args.best_of)) if len(mine) else ()
@@ -272,7 +282,7 @@ def main():
             images = (images * 255).round().byte()  # (b, 3, H, W)
             array[index.numpy()] = images.permute(0, 2, 3, 1).cpu().numpy()
         array.flush()  # for rank 0 to read
-        dist.barrier()
+        dist.barrier()  # all are there
         if rank == 0:
             with writing(out):
                 write(out, array, pixels, labels, len(columns), bool(args.npz))
@@ -286,7 +296,7 @@ def main():
 
 
 def write(out, array, pixels, labels, columns, archive):
-    """Images (N,H,W,3) on disk -> an .npz with labels, that file as it is in it; or a grid."""
+    """Images (N,H,W,3) on disk -> an .npz, into which their file goes as it is; or a grid."""
     if archive:
         with zipfile.ZipFile(out, "w") as file:
             file.write(pixels, "arr_0.npy")  # not compressed: fid.py maps it
@@ -299,7 +309,7 @@ def write(out, array, pixels, labels, columns, archive):
 
 def next_command(args, rae):
     """What a person would do now."""
-    if args.npz and rae.data == "shapes":
+    if args.npz and default_data(rae) == "shapes":
         return f"python fid.py {args.npz} shapes/val --features tiny"
     if args.npz:
         return f"python fid.py {args.npz} REFERENCE"

@@ -13,7 +13,6 @@ import argparse
 import fcntl
 import json
 import math
-import re
 import signal
 import time
 from contextlib import contextmanager, nullcontext
@@ -29,7 +28,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import spectral_norm
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import save_image
 from tqdm import tqdm
@@ -47,16 +46,16 @@ def latent_statistics(rae, dataset, batch, device, workers=None):
     """Exact mean and population variance (N,D) of tokens over every image, a centre crop, and its
     mirror image; in float64, so that order, batch size and number of ranks do not matter."""
     # This rank's share
-    ranks = dist.get_rank(), dist.get_world_size()
+    rank, world = dist.get_rank(), dist.get_world_size()
     sums = torch.zeros(2, rae.num_tokens, rae.token_dim, dtype=torch.float64, device=device)
     count = torch.zeros((), dtype=torch.float64, device=device)
-    with tqdm(total=len(dataset), unit="image", disable=ranks[0] > 0 or None) as bar:
-        for images, *_ in in_order(dataset, batch, device, *ranks, workers):
+    with tqdm(total=len(dataset), unit="image", disable=rank > 0 or None) as bar:
+        for images, *_ in in_order(dataset, batch, device, rank, world, workers):
             both = torch.cat([images, images.flip(-1)])  # stage 2 mirrors at random
             x = rae.tokens(both).double()                # (2 B, N, D)
             sums += torch.stack([x.sum(0), x.square().sum(0)])
             count += len(images)
-            bar.update(len(images) * ranks[1])
+            bar.update(len(images) * world)
 
     # All shares
     dist.all_reduce(sums)
@@ -64,7 +63,7 @@ def latent_statistics(rae, dataset, batch, device, workers=None):
     if not count:
         raise UserError("no image of the data set can be decoded: give other --data")
     lost = len(dataset) - int(count)  # broken files
-    if lost and ranks[0] == 0:
+    if lost and rank == 0:
         print(f"{lost} of {len(dataset)} images cannot be decoded")
     mean, square = sums / (2 * count)  # E x, E x^2
     return mean.float(), (square - mean.square()).clamp(min=0).float()
@@ -74,7 +73,7 @@ def noise_augment(z, std, keys, tau, kind="halfnormal"):
     """z (B,N,D) + sigma * eps / std: noise sigma on the layer-normed tokens, one sigma per image,
     |N(0, tau^2)| ("halfnormal", the paper) or tau * U(0,1) ("uniform", the release).
 
-    Why: a DiT never hits a latent exactly. A decoder that has seen clouds of them forgives that.
+    Why: a DiT never hits a latent exactly; a decoder that has seen clouds of noise forgives it.
     """
     draws = normals(keys, z[0].numel() + 1, z.device)  # (B, N D + 1)
     eps = draws[:, :-1].view_as(z)  # (B, N, D)
@@ -86,8 +85,8 @@ def noise_augment(z, std, keys, tau, kind="halfnormal"):
 # The adversary
 
 def augment(images, keys):
-    """Differentiable augmentation of images (B,3,H,W) in [-1,1]: translation up to 1/8 of the side,
-    zeros outside, brightness + U(-.5,.5), saturation x U(0,2), contrast x U(.5,1.5)."""
+    """Differentiable augmentation of images (B,3,H,W) in [-1,1]: translation up to 1/8 of a side,
+    zeros outside; brightness + U(-.5,.5), saturation x U(0,2), contrast x U(.5,1.5)."""
     B, _, H, W = images.shape
     device = images.device
     u = torch.special.ndtr(normals(keys, 5, device))  # (B, 5), uniform in (0, 1)
@@ -111,15 +110,16 @@ def augment(images, keys):
 
 
 class DiscriminatorHead(nn.Module):
-    """Features (B,N,C) -> a logit per token (B,N): spectrally normalised convolutions over tokens."""
+    """Features (B,N,C) -> a logit per token (B,N), by spectrally normalised convolutions."""
     def __init__(self, channels):
         super().__init__()
         def layer(kernel):
-            conv = nn.Conv1d(channels, channels, kernel, padding=kernel // 2, padding_mode="circular")
+            conv = nn.Conv1d(channels, channels, kernel, padding=kernel // 2,
+                             padding_mode="circular")
             norm = nn.InstanceNorm1d(channels, eps=1e-6, affine=True)  # of each image alone
             return nn.Sequential(spectral_norm(conv), norm, nn.LeakyReLU(0.2))
         self.first = layer(1)      # each token by itself
-        self.residual = layer(9)   # and with its neighbours, the last beside the first
+        self.residual = layer(9)   # and with its neighbours; the first follows the last
         self.last = spectral_norm(nn.Conv1d(channels, 1, 1))
 
     @in_fp32  # power iterations do not converge in bf16
@@ -130,7 +130,7 @@ class DiscriminatorHead(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Trained heads on five feature maps of a frozen ViT: images (B,3,H,W) in [-1,1] -> (B, 5 N).
+    """Trained heads on five feature maps of a frozen ViT: (B,3,H,W) in [-1,1] -> logits (B, 5 N).
 
     kind "dino": DINO ViT-S/8 at 224 px; "tiny": the demo's encoder. The last block counts twice.
     """
@@ -166,13 +166,8 @@ def hinge_loss(real, fake):
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
-def generator_loss(fake):
-    """What the decoder minimises to be taken for real."""
-    return -fake.mean()  # no hinge: it may always gain
-
-
 def adaptive_weight(reconstruction_gradient, gan_gradient):
-    """lambda = |grad reconstruction| / (|grad GAN| + 1e-6) in [0, 1e4], of all ranks' means."""
+    """lambda = |grad reconstruction| / (|grad GAN| + 1e-6) <= 1e4, of means over ranks."""
     for gradient in (reconstruction_gradient, gan_gradient):
         dist.all_reduce(gradient)  # the same lambda on every rank
         gradient /= dist.get_world_size()
@@ -196,10 +191,10 @@ def adversarial_backward(reconstruction, gan, copies, last, gan_weight):
     return weight
 
 
-# The two halves of a step: each images -> reconstruction -> loss -> gradients of a micro-batch
+# The two halves of a step: images -> reconstruction -> loss -> gradients of a micro-batch
 
 def decoder_backward(rae, decoder, batch, args, autocast, perceptual=None, disc=None):
-    """The decoder's gradients; its losses, detached. batch: images, z, keys; disc: with the GAN."""
+    """Adds the decoder's gradients; returns its losses. batch: images, z, keys; disc: for GAN."""
     images, z, keys = batch
 
     # Forward: the decoder sees latents that are somewhat off, and shall draw what they meant
@@ -214,12 +209,13 @@ def decoder_backward(rae, decoder, batch, args, autocast, perceptual=None, disc=
             loss = loss + args.lpips_weight * parts["lpips"]
         if disc:  # eval: no power iteration in this half
             logits = disc.eval()(augment(copies * 2 - 1, mix(keys, 1)))
-            gan = generator_loss(logits)
+            gan = -logits.mean()  # to be taken for real; no hinge: it may always gain
 
     # Backward: outside autocast, which would round the gradients of what is kept in fp32
     if disc:
         last = rae.decoder.predict.weight
-        weight = adversarial_backward(loss / args.accum, gan / args.accum, copies, last, args.gan_weight)
+        weight = adversarial_backward(loss / args.accum, gan / args.accum, copies, last,
+                                      args.gan_weight)
         loss = loss + args.gan_weight * weight * gan
         parts |= dict(gan=gan, gan_lambda=weight)
     else:
@@ -228,7 +224,7 @@ def decoder_backward(rae, decoder, batch, args, autocast, perceptual=None, disc=
 
 
 def discriminator_backward(rae, disc, batch, args, autocast):
-    """The discriminator's gradients, from images and fresh reconstructions; its loss, detached."""
+    """Adds the discriminator's gradients, of images and new copies; returns its loss."""
     images, z, keys = batch
 
     # What it compares: both sides are augmented, each with a draw of its own
@@ -236,7 +232,7 @@ def discriminator_backward(rae, disc, batch, args, autocast):
         if args.disc_input == "noisy":
             z = noise_augment(z, rae.std, mix(keys, 4), args.tau, args.noise)
         copies = rae.decode(z).clamp(0, 1)
-        fakes = (copies * 255).round() / 255  # 8 bits, as real ones: it must not see that
+        fakes = (copies * 255).round() / 255  # 8 bits, as real ones: no way to tell them apart
         real = augment(images * 2 - 1, mix(keys, 2))
         fake = augment(fakes * 2 - 1, mix(keys, 3))
 
@@ -249,58 +245,48 @@ def discriminator_backward(rae, disc, batch, args, autocast):
 
 
 def accumulate(meter, ddp, micros, backward):
-    """The gradients of all micro-batches; `backward` makes those of one, returns its losses."""
+    """Adds the gradients of all micro-batches; `backward` does one, returns its losses."""
     for i, batch in enumerate(micros):
         with synced(ddp, i == len(micros) - 1):
             losses = backward(batch)
         meter.add(1 / len(micros), **losses)
 
 
-# What every training loop needs: data in a fixed order, steps, a log, an end that can be resumed
+# What every training loop needs: data in order, steps, a log, an end that can be resumed
 
-class Order(Sampler):
+def shuffled(length, batch, accum=1, seed=0, step=0, rank=0, world=1):
     """Micro-batches [(index, key)]: the data set in permutations, one per (seed, epoch), of which
     step s takes the images from s * batch on; key = hash(seed, step, place in the batch)."""
-    def __init__(self, length, batch, accum=1, seed=0, step=0, rank=0, world=1):
-        self.length = length
-        self.batch = batch
-        self.accum = accum
-        self.seed = seed
-        self.step = step
-        self.rank = rank
-        self.world = world
+    @lru_cache(2)  # a batch may reach into the next epoch
+    def permutation(epoch):
+        generator = torch.Generator().manual_seed(int(mix(seed, epoch)))
+        return torch.randperm(length, generator=generator).tolist()
 
-    def __iter__(self):
-        @lru_cache(2)  # a batch may reach into the next epoch
-        def permutation(epoch):
-            generator = torch.Generator().manual_seed(int(mix(self.seed, epoch)))
-            return torch.randperm(self.length, generator=generator).tolist()
-
-        size = self.batch // (self.accum * self.world)  # of a micro-batch
-        step = self.step
-        while True:
-            # Ranks and micro-batches cut a batch into other pieces: keys go with places in it
-            for micro in range(self.accum):
-                places = torch.arange(size) + (micro * self.world + self.rank) * size
-                keys = mix(self.seed, step, places).tolist()
-                positions = (step * self.batch + places).tolist()
-                yield [(permutation(position // self.length)[position % self.length], key)
-                       for position, key in zip(positions, keys)]
-            step += 1
+    size = batch // (accum * world)  # of a micro-batch
+    while True:
+        # Other ranks or --accum cut a batch into other pieces: keys go with places in the batch
+        for micro in range(accum):
+            places = torch.arange(size) + (micro * world + rank) * size
+            keys = mix(seed, step, places).tolist()
+            positions = (step * batch + places).tolist()
+            yield [(permutation(position // length)[position % length], key)
+                   for position, key in zip(positions, keys)]
+        step += 1
 
 
 def batches(dataset, order, workers, device):
     """Endless (images (b,3,H,W) in [0,1], labels (b,)) on the device, keys (b,) on the CPU."""
     loader = DataLoader(dataset, batch_sampler=order, num_workers=worker_count(dataset, workers),
-                        collate_fn=good, worker_init_fn=quiet_worker, pin_memory=device.type == "cuda")
+                        collate_fn=good, worker_init_fn=quiet_worker,
+                        pin_memory=device.type == "cuda")
     for images, labels, keys in loader:
         images = images.to(device, non_blocking=True).float() / 255
         yield images, labels.to(device, non_blocking=True), keys
 
 
 def flags(description, recipes):
-    """(parser, add): what both trainers take. A flag that a recipe sets has no default of its own;
-    its help tells the recipes' values."""
+    """(parser, add): what both trainers take. A flag that a recipe sets has no default of its
+    own; its help tells the recipes' values."""
     parser = argparse.ArgumentParser(description=description, argument_default=argparse.SUPPRESS)
 
     def add(name, help, **options):
@@ -312,8 +298,6 @@ def flags(description, recipes):
         parser.add_argument(name, help=help.replace("%", "%%"), **options)
 
     # what to train on, and where the run lives
-    positive = at_least(1e-12, float)
-    share = at_least(0, float, 1)
     add("--run", default=None, help="run folder; started again, the same command resumes")
     add("--data", default=None, help="image folder, or `shapes`")
     add("--val", default=None, help="held-out images (default: DATA/val, or held-out shapes)")
@@ -323,9 +307,9 @@ def flags(description, recipes):
     add("--steps", type=at_least(1), default=None, help="stop after so many optimiser steps, schedule kept")
     add("--batch", type=at_least(1), help="images per optimiser step, over all ranks and accumulation")
     add("--accum", type=at_least(1), default=1, help="micro-batches per optimiser step")
-    add("--lr", type=positive, help="AdamW's learning rate")
+    add("--lr", type=at_least(1e-12, float), help="AdamW's learning rate")
     add("--warmup", type=at_least(0, float), help="epochs of linear warm-up")
-    add("--ema", type=share, help="decay of the weight average")
+    add("--ema", type=at_least(0, float, 1), help="decay of the weight average")
     add("--seed", type=at_least(0, int, 2 ** 62), default=0, help="of weights, data order and every draw")
     # the machine
     add("--workers", type=at_least(0), default=None, help="loader processes per rank (default: by cores)")
@@ -354,14 +338,14 @@ def length_of(args, dataset, world):
     # What is allowed, and perhaps not meant
     if dist.get_rank() == 0:
         if epoch < 1:
-            print(f"WARNING: --batch {args.batch} is more than the {len(dataset)} images: a step sees"
-                  " some twice")
+            print(f"WARNING: --batch {args.batch} is more than the {len(dataset)} images: a step"
+                  " sees some twice")
         if args.warmup > args.epochs > 0:
             print(f"WARNING: --warmup {args.warmup} epochs is longer than --epochs {args.epochs}: the"
                   f" learning rate will not reach {args.lr}")
         if args.steps and args.steps > schedule:
-            print(f"--steps {args.steps} is beyond the schedule, which ends at step {schedule}: more"
-                  " --epochs make it longer")
+            print(f"--steps {args.steps} is beyond the schedule, which ends at step {schedule}:"
+                  " more --epochs make it longer")
     return epoch, schedule, min(schedule, args.steps or schedule)
 
 
@@ -379,12 +363,12 @@ def claim(run):
         raise UserError(f"another process is training in {run}: wait for it, or name another"
                         " --run") from None
     except OSError:
-        print(f"WARNING: {run} lies where files cannot be locked: run one command there at a time")
+        print(f"WARNING: files cannot be locked in {run}: run one command there at a time")
     claim.held = file  # an open file; closed, it would be free
 
 
 def resume(path, fixed):
-    """(checkpoint, step) of this run's earlier start, or (None, 0); fixed: what must be as then."""
+    """(checkpoint, step) of an earlier start, or (None, 0); fixed: what must be as then."""
     # A folder that machines do not share would let them train apart, or hang at an all-reduce
     saved = read_weights(path) if path.exists() else None
     step = saved.get("step", 0) if saved else 0
@@ -393,13 +377,13 @@ def resume(path, fixed):
     if len({*steps}) > 1:
         raise UserError(f"ranks find {path} at different steps, {min(steps)} to {max(steps)}: the"
                         " run's folder must be on a file system that all machines share")
-    if not saved:
-        return None, 0
 
     # The same run? A checkpoint packed for use has no optimiser.
-    if "fixed" not in saved:
+    if saved and "fixed" not in saved:
         raise UserError(f"{path} is packed for use and cannot be resumed: name another --run")
-    then = dict(predict="v", base_head=0) | saved["fixed"]  # older runs do not name these
+    then = fixed
+    if saved:
+        then = dict(predict="v", base_head=0) | saved["fixed"]  # older runs do not name these
     changed = [f"{key} was {then.get(key)}, is {value}" for key, value in fixed.items()
                if then.get(key) != value]
     if changed:
@@ -418,13 +402,8 @@ def resume(path, fixed):
     return saved, step
 
 
-def states(parts):
-    """{name: module or optimiser} -> their state dicts, for a checkpoint."""
-    return {name: part.state_dict() for name, part in parts.items()}
-
-
 def restore(parts, saved):
-    """What `states` saved, back into its parts; one that is not there begins anew (a late GAN)."""
+    """What was saved, back into its parts; what is not there begins anew (a late GAN)."""
     # Modules by name and shape; optimisers as torch does it
     for name, part in parts.items():
         if isinstance(part, nn.Module) and saved.get(name) is not None:
@@ -434,7 +413,7 @@ def restore(parts, saved):
 
 
 def stop_signal():
-    """A flag (a CPU tensor) that SIGTERM and Ctrl-C raise; see `any_rank`."""
+    """A flag (a CPU tensor) that SIGTERM and Ctrl-C raise."""
     flag = torch.zeros(())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: flag.fill_(1))
@@ -449,8 +428,8 @@ def any_rank(flag):
 
 
 def apply_gradients(optimizer, lr, clip=0.0):
-    """One optimiser step, the gradients' norm clipped to `clip` (0: not). It is skipped, on the
-    device, without a sync, if a gradient is not finite; returns whether (a tensor, 1.0 or 0.0)."""
+    """One optimiser step, the gradients' norm clipped to `clip` (0: no clipping). Skipped, on the
+    device, without a sync, if a gradient is not finite; returns whether (a tensor, 1 or 0)."""
     group = optimizer.param_groups[0]  # there is only one
     group["lr"] = lr                   # a schedule is a function of the step
     norm = nn.utils.get_total_norm([p.grad for p in group["params"] if p.grad is not None])
@@ -463,24 +442,18 @@ def apply_gradients(optimizer, lr, clip=0.0):
 
 
 def synced(ddp, last):
-    """Ranks average their gradients once for each optimiser step, in its last micro-batch."""
+    """Ranks average gradients once for each optimiser step, in its last micro-batch."""
     return nullcontext() if last else ddp.no_sync()
-
-
-def compile_blocks(module):
-    """torch.compile, block by block: the same code for each."""
-    for block in module.blocks:
-        block.compile()
 
 
 def distributed(module, autocast, *inputs):
     """DDP around a module, whose buffers are the same on every rank by themselves.
 
-    DDP orders its buckets by the first backward pass it sees: here, on `inputs`, so that a resumed
-    run adds up its gradients in the same order as one that never stopped.
+    DDP orders its buckets by the first backward pass it sees: here, on `inputs`, so that a
+    resumed run adds up its gradients in the same order as one that never stopped.
     """
     ddp = DistributedDataParallel(module, gradient_as_bucket_view=True)
-    ddp.broadcast_buffers = False  # once, above, and not in every step
+    ddp.broadcast_buffers = False  # DDP sent them above; not in every step
     with autocast():
         out = ddp(*inputs)
     out.sum().backward()
@@ -533,8 +506,8 @@ class Meter:
         self.counts = {}
 
     def add(self, share=1.0, **values):
-        """share: of an optimiser step, for which these values stand. A loss that begins later has
-        its mean over fewer steps."""
+        """share: the part of an optimiser step that these values stand for. A loss that begins
+        later has its mean over fewer steps."""
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + share * value
             self.counts[name] = self.counts.get(name, 0) + share
@@ -581,18 +554,14 @@ def save_picture(images, path, nrow):
         save_image(images.clamp(0, 1), path, nrow=nrow)
 
 
-def best_dtype(device):
-    """bf16 where the hardware has it, else fp32."""
-    if device.type == "cuda":
-        has = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has = torch.cpu.get_capabilities().get("avx512_bf16")
-    return "bf16" if has else "fp32"
-
-
 def arithmetic(dtype, device):
-    """(the --dtype that was given, or the best; a function that makes its autocast context)."""
-    dtype = dtype or best_dtype(device)
+    """(dtype, by default bf16 where hardware has it; what makes its autocast contexts)."""
+    if dtype is None:
+        if device.type == "cuda":
+            has = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            has = torch.cpu.get_capabilities().get("avx512_bf16")
+        dtype = "bf16" if has else "fp32"
     return dtype, partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == "bf16")
 
 
@@ -601,13 +570,14 @@ def count_flops(module, *inputs):
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(*inputs)
     ops = counter.get_flop_counts().get("Global", {})
-    linear = [n for op, n in ops.items() if not re.search("bmm|attention", str(op))]
-    return sum(ops.values()), sum(linear)  # the second is how the paper counts
+    attention = [n for op, n in ops.items() if "bmm" in str(op) or "attention" in str(op)]
+    full = sum(ops.values())
+    return full, full - sum(attention)  # the second is how the paper counts
 
 
 def image_flops(rae, build, *inputs):
-    """FLOPs of one image in training: the encoder forward; the model that `build` makes forward and,
-    twice that, backward. On the meta device, as `inputs` are: nothing is computed, all counted."""
+    """FLOPs of one image in training: the encoder forward; the model of `build` forward and, twice
+    that, backward. On the meta device, as `inputs` are: nothing is computed, all counted."""
     with torch.device("meta"):
         encoder = RAE(**rae.config).load_encoder("random").tokens
         encoding, _ = count_flops(encoder, torch.empty(1, 3, rae.image_size, rae.image_size))
@@ -616,10 +586,10 @@ def image_flops(rae, build, *inputs):
 
 
 def describe(what, module, *inputs):
-    """Print a meta module's parameters, compute, training memory; inputs: one image's."""
+    """Print a meta module's parameters, compute, memory; inputs: one image's."""
     if dist.get_rank():
         return
-    # Trained, in fp32, and computed beforehand (positions, frequencies)
+    # Trained parameters, in fp32, and what is computed beforehand (positions, frequencies)
     size = sum(p.numel() for p in module.parameters())
     fixed = sum(value.numel() for value in module.state_dict().values()) - size
     full, linear = count_flops(module, *inputs)
@@ -636,8 +606,8 @@ NOISES = (0, 0.1, 0.2, 0.4)  # on z (tau is on tokens); 0: exact z
 
 @torch.no_grad()
 def evaluate(rae, decoder, dataset, perceptual, device, workers=None, batch=64, most=2048):
-    """PSNR, SSIM and LPIPS (None without its network) of reconstructions from z, and from z + sigma
-    noise, such as a sampler leaves ("psnr@0.2"), over at most `most` held-out images."""
+    """PSNR, SSIM and LPIPS (None without its network) of reconstructions from z, and from z +
+    sigma noise, such as a sampler leaves ("psnr@0.2"), over at most `most` held-out images."""
     # Every rank its share of images, each with the same noise at any number of ranks
     sums = torch.zeros(len(NOISES), 3, dtype=torch.float64, device=device)  # psnr, ssim, lpips
     count = torch.zeros((), dtype=torch.float64, device=device)
@@ -686,7 +656,7 @@ RECIPES = {  # the paper's for its encoders, and one for a laptop; flags overrid
 
 
 def learning_rate(step, peak, warmup, length):
-    """Linear over the first `warmup` steps, then half a cosine to a tenth of the peak at `length`."""
+    """Linear over the first `warmup` steps, then half a cosine to a tenth at `length`."""
     rising = min(1, (step + 1) / max(warmup, 1))  # the first step counts as one
     progress = min(max((step - warmup) / max(length - warmup, 1), 0), 1)  # 0 ... 1
     return peak * rising * (0.55 + 0.45 * math.cos(math.pi * progress))
@@ -717,10 +687,10 @@ def parse_args(argv=None):
     if args.encoder in ENCODERS and not ENCODERS[args.encoder].timm:
         args.epochs = args.lpips_weight = args.gan_weight = 0  # pixels: nothing to train
     if args.gan_weight and args.gan_start < args.disc_start:
-        raise UserError(f"--gan-start {args.gan_start} comes before --disc-start {args.disc_start}: the"
-                        " decoder would follow an untrained discriminator")
+        raise UserError(f"--gan-start {args.gan_start} comes before --disc-start {args.disc_start}:"
+                        " the decoder would follow an untrained discriminator")
     if args.image_size * args.upsample < 11:
-        raise UserError(f"--image-size {args.image_size}: SSIM, which judges runs, needs 11 pixels")
+        raise UserError(f"--image-size {args.image_size}: SSIM, which judges runs, needs 11")
     return args
 
 
@@ -756,7 +726,7 @@ def main():
                  noise=args.noise, data=Path(data).name, images=len(dataset))
     saved, step = resume(run / "rae.pt", fixed)
     if saved and step >= total:
-        return say(f"{run}/rae.pt is at step {step} of {total}: finished; more --epochs extend it")
+        return say(f"{run}/rae.pt is at step {step} of {total}: finished; --epochs, --steps extend it")
 
     # Frozen networks, found before the long work; rae.pt keeps what no hub gives back
     weights = (saved["encoder"] if saved else None) or args.encoder_weights
@@ -770,7 +740,7 @@ def main():
     if saved:
         mean, var = saved["mean"], saved["var"]
     else:
-        say(f"{run}: latent statistics of {args.encoder}: {len(dataset)} images of {data}, mirrored too")
+        say(f"{run}: latent statistics of {args.encoder} over {len(dataset)} images of {data}")
         mean, var = latent_statistics(rae, still, micro, device, args.workers)
     rae.mean.copy_(mean)
     rae.var.copy_(var)
@@ -779,7 +749,8 @@ def main():
         if rank == 0:
             encoder = rae.encoder.state_dict() if keep else None
             save_checkpoint(run / "rae.pt", config=rae.config, fixed=fixed, data=data, step=step,
-                            mean=rae.mean, var=rae.var, encoder=encoder, **states(parts))
+                            mean=rae.mean, var=rae.var, encoder=encoder,
+                            **{name: part.state_dict() for name, part in parts.items()})
 
     if not rae.spec.timm:
         save(model=decoder, ema=decoder)
@@ -799,21 +770,20 @@ def main():
         parts |= dict(disc=disc.heads, disc_optimizer=disc_optimizer)
     if saved:
         if disc and step > disc_begin and not saved.get("disc"):
-            raise UserError(f"{run} went on without its discriminator: so do, --gan-weight 0")
+            raise UserError(f"{run} went on without discriminator: resume with --gan-weight 0")
         restore(parts, saved)
     else:
         save(**parts)  # the statistics, which take long
-    saved = None
     shown, *_ = next(in_order(held_out or still, 10, device, workers=0, most=10))
 
     # Arithmetic, ranks, and the order of the images
     dtype, autocast = arithmetic(args.dtype, device)
     if args.compile:  # not `predict`: its gradient is asked for more than once, for lambda
-        compile_blocks(decoder)
+        for block in decoder.blocks:  # the same code for each
+            block.compile()
     ddp = distributed(decoder, autocast, torch.zeros(micro, *one_latent.shape[1:], device=device))
-    if disc:
-        ddp_disc = distributed(disc.eval(), autocast, shown)  # not compiled: any images do
-    order = Order(len(dataset), args.batch, args.accum, args.seed, step, rank, world)
+    ddp_disc = distributed(disc.eval(), autocast, shown) if disc else None  # any images do
+    order = shuffled(len(dataset), args.batch, args.accum, args.seed, step, rank, world)
     loader = batches(dataset, order, args.workers, device)
     flops = image_flops(rae, lambda: RAE(**rae.config).decoder, one_latent)
     meter = Meter(run, 1, step, total, args.batch, flops, device)
@@ -839,7 +809,7 @@ def main():
         ema.update(decoder)  # after the step
 
         # ---- discriminator: real images, and copies by the updated decoder -> hinge ----
-        if disc and step >= disc_begin:  # its schedule is as long as the decoder's
+        if disc and step >= disc_begin:  # by its own steps, a schedule as long as the decoder's
             accumulate(meter, ddp_disc, micros, lambda batch: discriminator_backward(
                 rae, ddp_disc, batch, args, autocast))
             disc_lr = learning_rate(step - disc_begin, args.lr, args.warmup * epoch, schedule)

@@ -6,7 +6,8 @@
     torchrun --nproc_per_node=8 -- train_dit.py --width 1152 --head 2048  # the paper's DiT^DH-XL
 
 The same command again resumes. Writes dit.pt, log.jsonl, samples/*.png into the run's folder.
-t = 1 is noise; B images, N tokens, D channels of a token, W width. Source: arXiv 2510.11690.
+t = 1: noise. B images, N tokens of D channels, W and H width of backbone and head.
+Source: arXiv 2510.11690.
 """
 import math
 from pathlib import Path
@@ -18,13 +19,12 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from fid import frechet_distance, moments
-from rae import (ENCODERS, RAE, ROOT, UserError, at_least, attention, default_data, in_fp32,
-                 in_order, load_rae, load_strict, locate, mix, newest, normals, open_data, open_val,
-                 read_weights, save_checkpoint, sincos_2d, start)
-from train_decoder import (Meter, Order, absolute, any_rank, apply_gradients, arithmetic, batches,
-                           claim, compile_blocks, describe, distributed, flags, image_flops,
-                           length_of, log, restore, resume, save_picture, states, stop_signal,
-                           synced, with_recipe)
+from rae import (ENCODERS, RAE, ROOT, UserError, at_least, attention, default_data, grid_angles,
+                 in_fp32, in_order, load_rae, load_strict, locate, mix, newest, normals, open_data,
+                 open_val, read_weights, save_checkpoint, sincos_2d, start)
+from train_decoder import (Meter, absolute, any_rank, apply_gradients, arithmetic, batches, claim,
+                           describe, distributed, flags, image_flops, length_of, log, restore,
+                           resume, save_picture, shuffled, stop_signal, synced, with_recipe)
 
 SIZES = {            # width: depth, heads
     192:  (4, 6),    # for the encoder `tiny`
@@ -33,22 +33,13 @@ SIZES = {            # width: depth, heads
     1024: (24, 16),  # L
     1152: (28, 16),  # XL
 }
-LEAST_T = 0.05  # below it v = (x_t - x) / t is not asked for, of a model or as a target
+LEAST_T = 0.05  # v = (x_t - x) / t of a predicted x divides by no less, nor does its target
 
 
 # The model, from its parts up
 
-def rope_angles(side, head_dim):
-    """2-D rotary angles (side*side, head_dim/2): rows turn the first channels, columns the rest."""
-    exponents = torch.arange(head_dim // 4).double() / (head_dim // 4)  # of 0 to 1
-    angles = torch.arange(side)[:, None] * 10000.0 ** -exponents  # (side, head_dim/4)
-    rows = angles.repeat_interleave(side, 0)
-    columns = angles.repeat(side, 1)
-    return torch.cat([rows, columns], 1)
-
-
 def rotate(x, cos, sin):
-    """Turn each channel pair of x (B,heads,N,C) by its angle, in fp32; cos, sin (N, C/2)."""
+    """Turn each channel pair of x (B,heads,N,C) by its angle, in fp32: cos, sin (N,C/2)."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
 
@@ -67,7 +58,7 @@ class TimeEmbedder(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """adaLN: normalise x (B,N,W) in fp32, scale and shift it, in their dtype, (B, 1 or N, W)."""
+    """adaLN: x (B,N,W), normalised in fp32; scale, shift (B, 1 or N, W), in their dtype."""
     def forward(self, x, shift, scale):
         x = F.rms_norm(x.float(), self.normalized_shape, self.weight, self.eps)
         return torch.addcmul(shift, x.to(scale.dtype), 1 + scale)  # x (1 + scale) + shift
@@ -102,7 +93,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """LightningDiT block, adaLN-zero; the condition c: for an image (B,1,W) or a token (B,N,W)."""
+    """LightningDiT block, adaLN-zero; its condition c: (B,1,W), or of each token (B,N,W)."""
     def __init__(self, width, heads):
         super().__init__()
         self.norm1 = RMSNorm(width, eps=1e-6)
@@ -134,11 +125,11 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """Diffusion transformer on latent tokens; head > 0 adds a DDT head of that width (DiT^DH).
 
-    Parameters carry the released names. Errors: heads that do not divide a width into multiples of
-    4 channels (2-D RoPE), tokens that form no square. Sections 4.1 and 5.
+    Parameters carry the released names. Errors: heads that do not divide a width into multiples
+    of 4 channels (2-D RoPE), tokens that form no square. Sections 4.1 and 5.
 
-    Beyond the paper (RAEv2, arXiv 2605.18324): predict "x": the last layer gives the clean latent,
-    of which forward makes v; base_head k: a second output after block k, a weaker model inside.
+    Beyond the paper (RAEv2, arXiv 2605.18324): predict "x": the last layer gives the clean
+    latent, of which forward makes v; base_head k: a second, weaker output after block k.
     """
     def __init__(self, tokens=256, token_dim=768, width=1152, depth=28, heads=16, head=2048,
                  head_depth=2, head_heads=16, num_classes=1000, predict="v", base_head=0):
@@ -184,7 +175,7 @@ class DiT(nn.Module):
         self.initialize()
 
     def add_angles(self, prefix, side, head_dim):
-        angles = rope_angles(side, head_dim)  # (N, head_dim/2)
+        angles = grid_angles(side, head_dim)  # (N, head_dim/2): rows turn the first half
         self.register_buffer(f"{prefix}cos", angles.cos().float(), persistent=False)
         self.register_buffer(f"{prefix}sin", angles.sin().float(), persistent=False)
 
@@ -227,7 +218,7 @@ class DiT(nn.Module):
                 v_base = self.velocity(self.base_layer(u, u), x_t, t)  # (B, N, D)
 
         # DDT head: the backbone only conditions it, token by token, and may be narrow. It embeds
-        # x_t again, since v has the rank of its noise: D must go through H, not through W.
+        # x_t again, since v has its noise's rank: D must go through H, not through W.
         x = s
         if self.head:
             c = self.s_projector(F.silu(t_e + s))  # (B, N, H)
@@ -241,7 +232,7 @@ class DiT(nn.Module):
 # The flow: a loss to learn v = d x_t / dt at every time, and steps that follow it to data
 
 def shift_alpha(tokens, token_dim, base=4096):
-    """The dimension-dependent shift, sqrt(tokens x token_dim / base) (section 4.2)."""
+    """The dimension-dependent shift sqrt(tokens token_dim / base) (section 4.2)."""
     return math.sqrt(tokens * token_dim / base)
 
 
@@ -255,7 +246,7 @@ def time_shift(t, alpha):
 
 
 def flow_matching_loss(model, z, y, alpha, keys=None, label_dropout=0.0, time="logit-normal"):
-    """Mean squared error of the velocity (section 3.2); z (B,N,D) clean latents, y (B,) labels.
+    """Mean squared error of the velocity (section 3.2); z (B,N,D) latents, y (B,) labels.
 
     keys (B,) make eps, t and label dropout functions of the sample; None: torch's generator.
     A base head's loss is added: the sum starts at twice a plain model's.
@@ -281,7 +272,7 @@ def flow_matching_loss(model, z, y, alpha, keys=None, label_dropout=0.0, time="l
 
     # Beyond the paper; a model that does not say predicts v, and has one output
     if getattr(net, "predict", "v") == "x":
-        v = (x_t - z) / t.clamp(min=LEAST_T)[:, None, None]  # eps - z, clamped as there
+        v = (x_t - z) / t.clamp(min=LEAST_T)[:, None, None]  # eps - z, clamped as in velocity
     if getattr(net, "base_head", 0):
         full, base = model(x_t, t, y, base=True)
         return F.mse_loss(full, v) + F.mse_loss(base, v)
@@ -312,8 +303,8 @@ def conditional(model, y, *base):
 def load_dit(path_or_name, device="cpu"):
     """A DiT for use (EMA, eval mode): from a dit.pt, its run's folder or release:NAME.
 
-    What sampling needs is on it: alpha, classes ([]: unconditional), rae (the autoencoder's place),
-    guide (that of an AutoGuidance model beside it, or None), its scale, label_dropout, step.
+    What sampling needs is on it: alpha, classes ([]: unconditional), rae (the autoencoder's
+    place), guide (an AutoGuidance model's, or None), its scale, label_dropout, step.
     """
     path = locate(path_or_name, "dit.pt")  # release:NAME is converted here
     saved = read_weights(path)
@@ -338,7 +329,7 @@ def load_dit(path_or_name, device="cpu"):
 def evaluate(model, rae, dataset, alpha, device, unconditional=False, workers=None, batch=64,
              most=1024):
     """On at most `most` held-out images: the loss at five times t; and FD, the Fréchet distance
-    of latents generated for their labels in 25 steps from theirs, as mean tokens."""
+    of their mean tokens from those of latents generated for their labels in 25 steps."""
     times = (0.1, 0.3, 0.5, 0.7, 0.9)  # as they are, not shifted
     n = min(most, len(dataset))  # images, but for broken files
     losses = torch.zeros(len(times), device=device)  # sums over images
@@ -435,7 +426,7 @@ def parse_args(argv=None):
 
 
 def find_autoencoder(args):
-    """(its place, the run's folder or None: named after the encoder)."""
+    """(its place, the run's folder or None: out/ENCODER)."""
     run = Path(args.run) if args.run else None
     if args.rae:
         return args.rae, run
@@ -449,7 +440,7 @@ def find_autoencoder(args):
 
 
 def settings(args, rae):
-    """(what was given, and what follows from it; DiT's arguments, but for the classes)."""
+    """(what was given and what follows from it; DiT's arguments, but the classes)."""
     args = with_recipe(args, RECIPES, rae.name)
     depth, heads = SIZES.get(args.width, (None, None))  # S, B, L, XL
     args.depth = args.depth or depth
@@ -464,7 +455,8 @@ def settings(args, rae):
     if args.decay_start is None:
         args.decay_start = 40 if args.head else math.inf
     if args.decay_end < args.decay_start < math.inf:
-        raise UserError(f"--decay-end {args.decay_end} comes before --decay-start {args.decay_start}")
+        raise UserError(f"--decay-end {args.decay_end} comes before --decay-start"
+                        f" {args.decay_start}")
     config = dict(tokens=rae.num_tokens, token_dim=rae.token_dim, width=args.width, depth=args.depth,
                   heads=args.heads, head=args.head, head_depth=args.head_depth,
                   head_heads=args.head_heads, predict=args.predict, base_head=args.base_head)
@@ -483,9 +475,9 @@ def warn_if_narrow(config):
         width = config[flag]
         if width < n:
             floor = 1 - width / n
-            print(f"WARNING: the {output} has at most rank {width} of {n} token dimensions. Theorem"
-                  f" 1: its loss cannot fall below {floor:.3f} at any depth. Raise --{flag} to {n},"
-                  " or predict the latent: --predict x")
+            print(f"WARNING: the {output} has at most rank {width} of {n} token dimensions."
+                  f" Theorem 1: its loss cannot fall below {floor:.3f} at any depth. Raise --{flag}"
+                  f" to {n}, or predict the latent: --predict x")
 
 
 def main():
@@ -521,7 +513,7 @@ def main():
     if args.eval_every and (held_out is None or len(held_out) < 2):
         raise UserError(f"--eval-every needs held-out images, {data}/val has none: give --val")
     if held_out and held_out.classes != dataset.classes:
-        raise UserError(f"--val has other classes ({len(held_out.classes)}) than --data")
+        raise UserError(f"--val has other classes than --data ({len(held_out.classes)} of them)")
     config["num_classes"] = len(dataset.classes)
     epoch, _, total = length_of(args, dataset, world)
     if not total:
@@ -536,7 +528,7 @@ def main():
                  latents=f"{rae.name} {rae.var.double().mean():.6f}")  # which autoencoder
     saved, step = resume(run / "dit.pt", fixed)
     if saved and step >= total:
-        return say(f"{run}/dit.pt is at step {step} of {total}: finished; more --epochs extend it")
+        return say(f"{run}/dit.pt is at step {step} of {total}: finished; --epochs, --steps extend it")
     if rank == 0:
         warn_if_narrow(config)
 
@@ -559,7 +551,6 @@ def main():
     parts = dict(model=model, ema=ema.module, optimizer=optimizer)
     if saved:
         restore(parts, saved)
-    saved = None
     beside = locate(place, "rae.pt").resolve() == (run / "rae.pt").resolve()
     origin = str(place) if str(place).startswith("release:") else str(Path(place).resolve())
 
@@ -569,22 +560,23 @@ def main():
                 run / "dit.pt", config=config, fixed=fixed, data=data, step=step, alpha=alpha,
                 classes=[] if unconditional else dataset.classes,
                 rae=None if beside else origin,  # None: in the same folder
-                **states(parts))
+                **{name: part.state_dict() for name, part in parts.items()})
 
     # Arithmetic, ranks, and the order of the images
     dtype, autocast = arithmetic(args.dtype, device)
     if args.compile:
-        compile_blocks(model)
+        for block in model.blocks:  # the same code for each
+            block.compile()
     zeros = [torch.zeros(micro, *x.shape[1:], dtype=x.dtype, device=device) for x in one_image]
     ddp = distributed(model, autocast, *zeros, base)
-    order = Order(len(dataset), args.batch, args.accum, args.seed, step, rank, world)
+    order = shuffled(len(dataset), args.batch, args.accum, args.seed, step, rank, world)
     loader = batches(dataset, order, args.workers, device)
     flops = image_flops(rae, lambda: DiT(**config), *one_image, base)
     meter = Meter(run, 2, step, total, args.batch, flops, device)
     say(f"{run}: DiT of {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters on"
-        f" {rae.num_tokens} x {rae.token_dim} latents of {rae.name} ({place}); {data}: {len(dataset)}"
-        f" images, {len(dataset.classes)} classes; alpha {alpha:.3f}, {dtype}, {world} x {device.type},"
-        f" steps {step} to {total}")
+        f" {rae.num_tokens} x {rae.token_dim} latents of {rae.name} ({place}); {data}:"
+        f" {len(dataset)} images, {len(dataset.classes)} classes; alpha {alpha:.3f}, {dtype},"
+        f" {world} x {device.type}, steps {step} to {total}")
 
     # The loop, in optimiser steps
     asked = stop_signal()  # SIGTERM, Ctrl-C
@@ -592,7 +584,7 @@ def main():
     while step < total and not stop:
         for i in range(args.accum):
             images, y, keys = next(loader)
-            mirrored = (keys & 1).bool().to(device, non_blocking=True)  # its own coin
+            mirrored = (keys & 1).bool().to(device, non_blocking=True)  # each image's own coin
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
             z = rae.encode(images)  # (B, N, D)
             with synced(ddp, i == args.accum - 1):
@@ -616,7 +608,8 @@ def main():
                     save_picture(samples, run / f"samples/{step:07d}.png", nrow=10)
         if held_out and step % args.eval_every == 0 and not stop:
             with meter.paused():
-                found = evaluate(ema.module, rae, held_out, alpha, device, unconditional, args.workers)
+                found = evaluate(ema.module, rae, held_out, alpha, device, unconditional,
+                                 args.workers)
                 log(run, stage=2, step=step, **found)
     if stop:
         return say(f"stopped; {run}/dit.pt is at step {step}, and the same command goes on")

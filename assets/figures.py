@@ -25,7 +25,7 @@ from torchvision.utils import make_grid, save_image
 from assets.shapes import Shapes
 from fid import frechet_distance, linear_probe, moments, precision_recall, psnr
 from rae import load_rae, start
-from sample import fit_to
+from sample import fit_latent_probe
 from train_dit import load_dit, shift_alpha
 
 OUT = ROOT / "out/ablations"
@@ -220,7 +220,7 @@ def guidance(num=2000):
     model = load_dit(ROOT / "assets/demo")
     weak = load_dit(ROOT / "assets/demo/weak.pt")
     score = Score(num)
-    probe = fit_to(score.rae, "shapes", [0], torch.device("cpu"))
+    probe = fit_latent_probe(score.rae, "shapes", [0], 10)
     ways = {
         "none":                          ([1],         {}),
         "classifier-free":               ([1.5, 2, 3], {}),

@@ -27,7 +27,7 @@ from fid import frechet_distance, linear_probe, moments, psnr, squared_distances
 from rae import (RAE, at_least, build_encoder, load_rae, mix, patchify,               # noqa: E402
                  read_weights, save_checkpoint)
 from sample import generate                                                           # noqa: E402
-from train_decoder import best_dtype                                                  # noqa: E402
+from train_decoder import arithmetic                                                  # noqa: E402
 from train_dit import load_dit                                                        # noqa: E402
 
 COMMANDS = [
@@ -208,7 +208,8 @@ def draw(model, rae, labels, indices, steps=50, **options):
     """Samples (B,3,H,W) of these labels, as fast as this machine can: bf16 where it has it."""
     device = rae.mean.device
     keys = mix(0, 0, indices)
-    with torch.autocast(device.type, torch.bfloat16, enabled=best_dtype(device) == "bf16"):
+    _, autocast = arithmetic(None, device)
+    with autocast():
         return generate(model, rae, labels, keys, model.alpha, steps, **options)
 
 

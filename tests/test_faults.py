@@ -128,6 +128,16 @@ def test_one_dead_rank_ends_the_others_with_a_message_and_the_run_goes_on(tmp_pa
     assert f"steps {saved} to {saved + 1}" in text
 
 
+def test_a_run_killed_before_its_first_checkpoint_logs_no_step_twice(trained, tmp_path, photos):
+    (tmp_path / "run").mkdir()
+    entries = [dict(stage=1, step=9, loss=0.5), *(dict(stage=2, step=step, loss=0.5) for step in (1, 2, 3))]
+    (tmp_path / "run/log.jsonl").write_text("".join(f"{json.dumps(entry)}\n" for entry in entries) + '{"sta')
+    inside("train_dit.py", *DIT, "--data", photos, "--rae", trained / "out/tiny/rae.pt", "--run", "run",
+           "--steps", 2, cwd=tmp_path)
+    kept = [json.loads(line) for line in open(tmp_path / "run/log.jsonl")]
+    assert [(entry["stage"], entry["step"]) for entry in kept] == [(1, 9), (2, 1), (2, 2)]
+
+
 def test_a_second_trainer_of_the_same_run_is_refused(tmp_path, photos):
     with running(*LONG, "--data", photos, cwd=tmp_path):
         for script, flags in (("train_decoder.py", LONG[1:]), ("train_dit.py", DIT)):
@@ -157,6 +167,14 @@ def test_a_full_disk_ends_the_run_at_its_last_checkpoint_from_which_it_goes_on(t
     assert all(torch.equal(value, other["model"][key]) for key, value in one["model"].items())
     assert losses(tmp_path / "full", 1) == losses(tmp_path / "roomy", 1)
     assert len(losses(tmp_path / "full", 1)) == 8
+
+
+def test_samples_that_do_not_fit_on_the_disk_leave_nothing_there(trained, tmp_path):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    text = launch("sample.py", "--run", trained / "out/tiny", "--npz", "s.npz", "--num", 99, cwd=tmp_path,
+                  expect=1, preexec_fn=limit)
+    assert "s.npz could not be written" in text and "make room" in text and "Traceback" not in text
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("s.npz")] == []
 
 
 def test_a_place_that_cannot_be_written_is_named_in_a_sentence(tmp_path):

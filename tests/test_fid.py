@@ -285,7 +285,7 @@ def test_lpips_takes_the_published_vgg_file_and_refuses_others(tmp_path):
     x = torch.rand(1, 3, 32, 32)
     torch.testing.assert_close(network.net(x)[4], vgg16_features(state, x))
     torch.save({key: value for key, value in state.items() if key != "features.7.bias"}, tmp_path / "vgg.pth")
-    with pytest.raises(ValueError, match="1 missing .7.bias"):
+    with pytest.raises(ValueError, match="1 missing .slice2.7.bias"):
         fid.load_lpips(vgg=tmp_path / "vgg.pth")
 
 
@@ -835,12 +835,14 @@ def test_the_probe_learns_from_training_images_and_is_tested_on_others(judge, tm
 @pytest.mark.parametrize("problem, says", [
     ("missing.npz", "cannot be read"), ("text.npz", "cannot be read"), ("pickle.npz", "cannot be read"),
     ("array.npy", "cannot be read"), ("truncated.npz", "cannot be read"), ("keys.npz", "holds other"),
+    ("half.npz", "holds mu"),
     ("float.npz", "float32"), ("grey.npz", r"\(20, 32, 32\)"), ("one.npz", "1 image"),
     ("none.npz", "0 image"), ("text", "cannot identify"),
     ("wide.npz", "96"), ("foreign.npz", "dinov2_s"), ("mixed", "mixed sizes"), ("empty", "without images")])
 def test_wrong_input_gets_one_sentence_before_long_work(judge, tmp_path, problem, says):
     np.savez(tmp_path / "good.npz", arr_0=pictures(20))
     np.savez(tmp_path / "keys.npz", other=np.zeros(3))
+    np.savez(tmp_path / "half.npz", arr_0=pictures(20), mu=np.zeros(96))
     np.savez(tmp_path / "pickle.npz", arr_0=np.array([{}, 1], object))
     np.savez(tmp_path / "float.npz", arr_0=pictures(20).astype(np.float32) / 255)
     np.savez(tmp_path / "grey.npz", arr_0=pictures(20)[..., 0])

@@ -20,7 +20,7 @@ from rae import (ENCODERS, RAE, Decoder, Folder, at_least, center_crop, check_pi
                  good, in_fp32, in_order, load_rae, locate, mix, newest, normals, open_data, open_val,
                  patchify, quiet_worker, random_crop, read_weights, save_checkpoint, sincos_2d, spread,
                  unpatchify, unwrap, worker_count, writing)
-from train_decoder import Order, batches, latent_statistics
+from train_decoder import batches, latent_statistics, shuffled
 
 CPU = torch.device("cpu")
 BROKEN = ("broken.jpg", "zero.jpg")
@@ -357,7 +357,7 @@ def test_loader_processes_leave_signals_to_the_main_one():
 @pytest.mark.parametrize("world, accum", [(1, 1), (2, 1), (1, 3), (3, 2)])
 def test_the_order_is_a_function_of_seed_and_step(world, accum):
     def step_items(step, accum=1, **options):
-        order = iter(Order(50, 12, step=step, accum=accum, **options))
+        order = iter(shuffled(50, 12, step=step, accum=accum, **options))
         return sum([next(order) for _ in range(accum)], [])
 
     reference = step_items(9)
@@ -366,7 +366,7 @@ def test_the_order_is_a_function_of_seed_and_step(world, accum):
     assert step_items(9, seed=1) != reference
     assert not {key for _, key in reference} & {key for _, key in step_items(10)}    # no noise comes twice
 
-    order = iter(Order(50, 12))
+    order = iter(shuffled(50, 12))
     seen = []
     for _ in range(25):                                                 # 300 places = 6 epochs
         seen += [index for index, _ in next(order)]
@@ -376,7 +376,7 @@ def test_the_order_is_a_function_of_seed_and_step(world, accum):
 
 def test_batches_with_workers_are_those_without(photos):
     data = open_data(photos, 32, crop=True)
-    one, two = (next(batches(data, Order(len(data), 8), workers, CPU)) for workers in (0, 2))
+    one, two = (next(batches(data, shuffled(len(data), 8), workers, CPU)) for workers in (0, 2))
     assert all(torch.equal(a, b) for a, b in zip(one, two)) and 0 <= one[0].min() and one[0].max() <= 1
 
 

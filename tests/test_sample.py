@@ -1,4 +1,7 @@
 """Times, Euler steps, guidance, labels, and what the script writes."""
+import argparse
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -6,8 +9,8 @@ from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
 import sample
-from rae import RAE, mix, normals
-from sample import balanced_label, euler, fit_to, generate, guided, pick_classes, sample_times
+from rae import RAE, load_rae, mix, normals
+from sample import balanced_label, euler, fit_latent_probe, generate, guided, pick_classes, sample_times
 from train_dit import DiT
 
 CPU = torch.device("cpu")
@@ -134,13 +137,14 @@ def test_the_probe_of_best_of_tells_classes_by_their_mean_token(tmp_path):
         (tmp_path / "ABC"[i % 3]).mkdir(exist_ok=True)
         to_pil_image(image).save(tmp_path / "ABC"[i % 3] / f"{i}.png")
     rae = RAE("tiny", "tiny", 32).load_encoder().requires_grad_(False)
-    probe = fit_to(rae, str(tmp_path), [0, 2], CPU)
+    probe = fit_latent_probe(rae, str(tmp_path), [0, 2], 3)
     for label in range(3):
         images = torch.rand(4, 3, 32, 32) * 0.2
         images[:, label] += 0.7
         assert (probe(rae.tokens(images).mean(1)).argmax(1) == label).all()
-    with pytest.raises(ValueError, match="has 3"):
-        fit_to(rae, str(tmp_path), [3], CPU)                                  # the null class
+    for columns, num_classes in (([3], 3), ([0], 2), ([0], 4)):               # the null class; another model's
+        with pytest.raises(ValueError, match="has 3"):
+            fit_latent_probe(rae, str(tmp_path), columns, num_classes)
 
 
 # The script, against Euler steps by hand
@@ -256,10 +260,10 @@ def test_the_best_of_two_by_the_fitted_probe_is_what_is_written(made, tmp_path, 
     probe = torch.nn.Linear(96, 3).requires_grad_(False)
     asked = []
 
-    def fitted(rae, data, columns, device):
+    def fitted(rae, data, columns, num_classes):
         asked.append((data, columns))
         return probe
-    monkeypatch.setattr(sample, "fit_to", fitted)
+    monkeypatch.setattr(sample, "fit_latent_probe", fitted)
     run(monkeypatch, folder, "--npz", tmp_path / "s.npz", "--num", 8, "--best-of", 2, "--batch", 6,
         "--data", "somewhere")
     assert asked == [("somewhere", [0, 1, 2])]
@@ -295,6 +299,12 @@ def test_a_checkpoint_brings_its_guide_and_scale_along_unless_one_is_given(made,
         velocity = lambda z, t: torch.lerp(at(weak, labels)(z, t), strong(z, t), scale)
         with np.load(tmp_path / "s.npz") as archive:
             check_pixels(archive["arr_0"], decoded(integrated(velocity, keys)))
+
+
+def test_samples_of_the_bundled_demo_are_compared_with_shapes_next():
+    demo = load_rae(Path(sample.__file__).parent / "assets/demo", decode_only=True)
+    said = sample.next_command(argparse.Namespace(npz="s.npz", run=None), demo)
+    assert said == "python fid.py s.npz shapes/val --features tiny"
 
 
 def test_a_model_whose_autoencoder_was_moved_away_says_where_it_was(made, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from PIL import Image
 
 import rae
 from rae import UserError
-from sample import fit_to
+from sample import fit_latent_probe
 from train_dit import load_dit
 
 
@@ -121,7 +121,7 @@ def test_the_probe_of_best_of_is_fitted_to_images_as_the_encoder_wants_them(phot
         return tokens(images)
     encoder.tokens = spied
     with as_it_was():
-        fit_to(encoder, str(photos), [0], torch.device("cpu"))
+        fit_latent_probe(encoder, str(photos), [0], 4)
     assert 0.5 < max(brightest) <= 1
 
 
@@ -217,6 +217,7 @@ CASES = {  # name: (command, the sentence); words in capitals are places that `b
     "a grid and an archive": ("sample.py --run OTHER --out a.png --npz a.npz", "--out and --npz"),
 
     # settings that contradict each other
+    "data without a probe": ("sample.py --run OTHER --data PHOTOS", "--data .*--best-of"),
     "an interval without guidance": ("sample.py --run OTHER --interval 0.1 0.9", "--interval.*--scale"),
     "an interval upside down": ("sample.py --run OTHER --scale 2 --interval 0.9 0.1", "--interval 0.9 0.1"),
     "a GAN before its discriminator": ("train_decoder.py DECODER --data PHOTOS --gan-weight 1 --disc-start 2"

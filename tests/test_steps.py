@@ -22,7 +22,7 @@ import train_decoder
 import train_dit
 from rae import (DECODERS, RAE, Decoder, center_crop, load_rae, mix, normals, open_data, open_val,
                  random_crop, read_image)
-from train_decoder import Discriminator, Order
+from train_decoder import Discriminator, shuffled
 from train_dit import DiT, load_dit
 
 TRAIN, HELD = 12, 8                                                           # images
@@ -102,7 +102,7 @@ def held_out(pictures):
 
 def micros_of(run, step):
     """The micro-batches of a step, each (images (b,3,32,32) in [0,1], labels, keys)."""
-    order = iter(Order(TRAIN, BATCH, run.accum, 0, step))
+    order = iter(shuffled(TRAIN, BATCH, run.accum, 0, step))
     for _ in range(run.accum):
         images, labels, keys = zip(*(run.data[index, key] for index, key in next(order)))
         yield torch.stack(images).float() / 255, torch.tensor(labels), torch.tensor(keys)
@@ -655,10 +655,10 @@ def test_no_two_steps_or_places_share_a_key():
     keys = []
     for rank in (0, 1):
         for step in range(5):
-            micros = iter(Order(12, 4, 2, 0, step, rank, 2))
+            micros = iter(shuffled(12, 4, 2, 0, step, rank, 2))
             keys += [key for _ in range(2) for _, key in next(micros)]
     assert len(keys) == 2 * 5 * 2 and len(set(keys)) == len(keys)
-    other_seed = next(iter(Order(12, 4, 1, 1)))
+    other_seed = next(iter(shuffled(12, 4, 1, 1)))
     assert not set(keys) & {key for _, key in other_seed}
 
 

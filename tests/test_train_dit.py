@@ -4,9 +4,9 @@ import math
 import pytest
 import torch
 
-from rae import RAE, attention
-from train_dit import (RECIPES, DiT, RMSNorm, flow_matching_loss, learning_rate, parse_args, rope_angles, rotate,
-                       settings, shift_alpha, time_shift)
+from rae import RAE, attention, grid_angles
+from train_dit import (RECIPES, DiT, RMSNorm, flow_matching_loss, learning_rate, parse_args, rotate, settings,
+                       shift_alpha, time_shift)
 
 SMALL = dict(tokens=9, token_dim=24, width=32, depth=2, heads=2, head=48, head_depth=2, head_heads=4, num_classes=5)
 
@@ -30,7 +30,7 @@ def test_the_shift_of_the_paper():
 
 
 def test_rotary_attention_depends_on_differences_of_position_only():
-    cos, sin = (f(rope_angles(4, 16)).float() for f in (torch.cos, torch.sin))                # 16 places, head dim 16
+    cos, sin = (f(grid_angles(4, 16)).float() for f in (torch.cos, torch.sin))                # 16 places, head dim 16
     q, k = torch.randn(2, 16).unbind()
     score = lambda i, j: rotate(q[None, None, None], cos[i:i + 1], sin[i:i + 1]).flatten() @ rotate(
         k[None, None, None], cos[j:j + 1], sin[j:j + 1]).flatten()
