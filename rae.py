@@ -63,7 +63,7 @@ def at_least(low, kind=int, most=math.inf):
 
 @contextmanager
 def writing(path):
-    """A write that fails ends the run in a sentence; the same command resumes it."""
+    """A write that fails ends the run in a sentence."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -210,7 +210,7 @@ class Folder(Dataset):
 
 
 def open_data(data, size, crop=False):
-    """The training set: `shapes`, or an image folder (its train/, if there is one)."""
+    """The training set: `shapes`, or an image folder (its train/, if any)."""
     if data == "shapes":
         from assets.shapes import Shapes
         return Shapes(size)
@@ -329,14 +329,10 @@ def unpatchify(x, patch):
 
 
 class Patches(nn.Module):
-    """Encoder of pixels (Table 11): a token is a patch; backwards: its decoder."""
-    def __init__(self, patch, backwards=False):
+    """Encoder of pixels (Table 11), by patchify; their decoder, by unpatchify."""
+    def __init__(self, turn, patch):
         super().__init__()
-        self.patch = patch
-        self.turn = unpatchify if backwards else patchify
-
-    def forward(self, x):
-        return self.turn(x, self.patch)
+        self.forward = partial(turn, patch=patch)  # no weights, nothing to train
 
 
 class SDVAE(nn.Module):
@@ -379,7 +375,7 @@ def build_encoder(name, image_size, weights=None, flag="--encoder-weights PATH")
     """
     spec = ENCODERS[name]
     if not spec.timm:
-        return Patches(spec.patch)  # nothing to load
+        return Patches(patchify, spec.patch)
     grid = [image_size // spec.stride] * 2  # of tokens
     if name == "sdvae":
         model = SDVAE(**spec.options)
@@ -412,11 +408,10 @@ def build_encoder(name, image_size, weights=None, flag="--encoder-weights PATH")
             state["reg_token"] = state.pop("register_tokens")
         if getattr(state.get("pos_embed"), "shape", None) == native:  # ours are saved resampled
             state["pos_embed"] = resample(state["pos_embed"].float())
-        # Attention, which diffusers has renamed since the VAE's file was written
-        renamed = dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0")
-        for old, new in renamed.items():
+        # Attention's names in the VAE's file, before diffusers changed them
+        for old, new in dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0").items():
             state = {key.replace(f".{old}.", f".{new}."): value for key, value in state.items()}
-        # Not needed: the norm's affine part, classifiers, MAE's decoder and the VAE's
+        # Not needed: the norm's affine part, classifiers, MAE's and the VAE's decoder
         unused = ("norm.", "fc_norm.", "head", "attn_pool.", "decoder", "mask_token", "post_quant")
         own = model.state_dict()
         state = {k: v for k, v in state.items() if k in own or not k.startswith(unused)}
@@ -485,7 +480,7 @@ class Decoder(nn.Module):
         side = math.isqrt(tokens)
         if width % heads or width % 4 or side ** 2 != tokens:
             raise UserError(f"no decoder of width {width}, {heads} heads on {tokens} tokens: the"
-                            " width must be a multiple of heads and of 4, the tokens a square")
+                            " width must be a multiple of heads and of 4, tokens a square")
         self.patch = patch
         self.embed = nn.Linear(token_dim, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -538,12 +533,11 @@ class RAE(nn.Module):
 
         # Its decoder; the encoder comes later, or never
         self.encoder = None
+        patch = self.stride * upsample  # pixels of a decoded token
+        self.decoder = Patches(unpatchify, patch)
         if self.spec.timm:
-            patch = self.stride * upsample  # pixels of a decoded token
             self.decoder = Decoder(self.num_tokens, self.token_dim, patch=patch, **sizes)
-        elif upsample == 1:
-            self.decoder = Patches(self.stride, backwards=True)  # exact: nothing to train
-        else:
+        elif upsample > 1:
             raise UserError(f"{encoder} decodes its patches as they are: --upsample 1")
 
         # Statistics of the latents, which stage 1 measures, and of the encoder's pixels
@@ -590,7 +584,7 @@ class RAE(nn.Module):
 # Files: ours, and the hub's
 
 def fetch(repo, file, flag):
-    """The local path of a hub file, through the hub's cache; flag: what takes it instead."""
+    """A hub file's local path, through the hub's cache; flag: what takes it instead."""
     import huggingface_hub
     huggingface_hub.utils.logging.set_verbosity_error()  # one sentence, not every retry
     try:
@@ -652,13 +646,13 @@ def newest(name):
 
 
 def locate(path_or_name, file):
-    """Where a run's `file` (rae.pt, dit.pt) is, for all that may be named as a run: release:NAME,
-    converted to our format on first use; a run's folder; the file itself."""
+    """Where a run's `file` (rae.pt, dit.pt) is. A run may be named as release:NAME, converted to
+    our format on first use, as its folder, or as the file itself."""
     if str(path_or_name).startswith("release:"):
         from assets.release import release
         found = release(str(path_or_name).removeprefix("release:")) / file
         if not found.is_file():
-            raise UserError(f"{path_or_name} has no {file}: python assets/release.py lists all")
+            raise UserError(f"{path_or_name} has no {file}: see python assets/release.py")
         return found
     path = Path(path_or_name)
     return path / file if path.is_dir() else path
@@ -687,7 +681,7 @@ def load_rae(path_or_name, device="cpu", decode_only=False):
 
 
 def default_data(rae):
-    """What an autoencoder was trained on; if it does not say, what its recipe takes."""
+    """What an autoencoder was trained on, or what its recipe takes."""
     return rae.data or ("shapes" if rae.name.startswith("tiny") else "data/imagenet")
 
 
@@ -750,7 +744,7 @@ def leave():
 
 
 def enlarged(images):
-    """Images (B,3,h,w) of few pixels, each pixel a square, so that a person sees them."""
+    """Images (B,3,h,w) of few pixels, each pixel a square that a person sees."""
     zoom = max(1, 96 // images.shape[-1])  # whole pixels: nothing is smoothed
     return images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
 

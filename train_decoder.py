@@ -754,8 +754,7 @@ def main():
 
     if not rae.spec.timm:
         save(model=decoder, ema=decoder)
-        return say(f"wrote {run}/rae.pt: statistics alone, pixels are decoded without training."
-                   f" Next: python train_dit.py --run {run}")
+        return say(f"wrote {run}/rae.pt, pixels need no decoder. Next: python train_dit.py --run {run}")
 
     # Weights, their average, optimisers: new, from --init, or as an earlier start left them
     if args.init and not saved:
