@@ -194,7 +194,7 @@ def adversarial_backward(reconstruction, gan, copies, last, gan_weight):
 # The two halves of a step: images -> reconstruction -> loss -> gradients of a micro-batch
 
 def decoder_backward(rae, decoder, batch, args, autocast, perceptual=None, disc=None):
-    """Adds the decoder's gradients; returns its losses. batch: images, z, keys; disc: for GAN."""
+    """Adds the decoder's gradients; returns its losses. batch: images, z, keys; disc: with GAN."""
     images, z, keys = batch
 
     # Forward: the decoder sees latents that are somewhat off, and shall draw what they meant

@@ -79,7 +79,7 @@ MUTANTS = [
     ("rae.py",
      "torch.cat([columns.sin(), columns.cos(), rows.sin(), rows.cos()], 1)",
      "torch.cat([rows.sin(), rows.cos(), columns.sin(), columns.cos()], 1)", RAE),
-    ("rae.py", "return torch.cat([rows, columns], 1)", "return torch.cat([columns, rows], 1)", DIT),
+    ("rae.py", "return torch.cat([rows, columns], 1)", "return torch.cat([columns, rows], 1)", RAE),
     ("rae.py",
      "x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)",
      "x = torch.cat([0 * self.cls_token.expand(len(x), -1, -1), x], 1)", RELEASE),
