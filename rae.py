@@ -388,7 +388,7 @@ def build_encoder(name, image_size, weights=None, flag="--encoder-weights PATH")
         model.norm = PatchNorm(model.num_prefix_tokens, model.norm.eps)
         hub = f"timm/{spec.timm}", "model.safetensors"
 
-        # Its positions are resampled to our grid as the reference implementation does it
+        # Its positions are resampled to our grid as the reference does it
         native = model.pos_embed.shape
         extra = 0 if model.no_embed_class else model.num_prefix_tokens
         resample = partial(resample_abs_pos_embed, new_size=grid, antialias=spec.antialias,
