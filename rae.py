@@ -9,21 +9,30 @@ The encoder is pretrained and frozen; train_decoder.py trains the decoder and wr
     python rae.py photo.jpg --run out/dinov2_b       # originals above copies: reconstruction.png
     python rae.py photo.jpg --run release:dinov2_b   # with the paper's released decoder
 
+The autoencoder ends at the ruled line; below it stands what all scripts share.
 B images, N tokens, D channels of a token. Source: arXiv 2510.11690 ("the paper"), section 3.
 """
 import argparse
 import atexit
+import fcntl
 import gc
+import json
 import math
+import multiprocessing
 import os
 import pickle
+import shlex
+import shutil
 import signal
-import struct
 import sys
+import time
+import warnings
 import zipfile
-from contextlib import contextmanager
+from collections import Counter
+from contextlib import suppress
+from copy import copy
 from datetime import timedelta
-from functools import partial, wraps
+from functools import lru_cache, partial, wraps
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,71 +45,468 @@ import torchvision.transforms.functional as TF
 from PIL import Image, ImageOps
 from timm.layers import resample_abs_pos_embed
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, default_collate
-from torchvision.datasets import ImageFolder
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.utils import save_image
 
 ROOT = Path(__file__).parent
 
 
-# What every script needs: errors of one sentence, numbers within bounds, fp32 where it matters
-
-class UserError(SystemExit, ValueError):  # ends a script; who imports us may catch a ValueError
-    """One sentence: what was given, what was wanted, what to do. No traceback."""
-
-
-def at_least(low, kind=int, most=math.inf):
-    """An argparse type: a finite number from `low` to `most`."""
-    def number(text):
-        value = kind(text)
-        if not low <= value <= most or math.isinf(value):  # no comparison is true of nan
-            bounds = f"at least {low}" + (f" and at most {most}" if most < math.inf else "")
-            raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {bounds}")
-        return value
-    return number
-
-
-@contextmanager
-def writing(path):
-    """A write that fails ends the run in a sentence."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{path} could not be written ({error}): make room, or name another"
-                        " place, and start the same command again") from None
-
-
-def check_picture(path):
-    """Refuse, before any work, what cannot be a picture's name."""
-    if Path(path).is_dir() or Path(path).suffix.lower() not in IMG_EXTENSIONS:
-        raise UserError(f"--out {path} names no picture: give a file that ends in .png or .jpg")
+class UserError(SystemExit, ValueError):
+    """One sentence: what was given, what was wanted, what to do. It ends a script without a
+    traceback; code that imports this file catches it as a ValueError."""
 
 
 def in_fp32(function):
-    """Decorator: no autocast, bf16 arguments widened to fp32: eight bits would spoil this."""
+    """Decorator: run a function of tensors in fp32, also under bf16 autocast."""
     def widened(x):
         return x.float() if torch.is_tensor(x) and x.dtype == torch.bfloat16 else x
 
     @wraps(function)
-    def wrapped(*args):  # the last one is a tensor
+    def wrapped(*args):  # the last argument is a tensor
         with torch.autocast("cuda" if args[-1].is_cuda else "cpu", enabled=False):
             return function(*map(widened, args))
     return wrapped
 
 
-# Randomness belongs to a sample, not to a batch: ranks, accumulation, resuming change nothing
+# Frozen encoders: normalised pixels -> patch tokens
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # pixel mean and standard deviation
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+TANH = dict(act_layer=partial(nn.GELU, approximate="tanh"))  # as trained; timm's GELU is exact
+TINY = dict(img_size=32, patch_size=8, embed_dim=96, depth=4, num_heads=4)
+
+
+class Encoder(NamedTuple):
+    timm: str               # timm's name of the model; empty: pixels
+    image_side: int         # for images of this side ...
+    input_side: int         # ... the encoder's input has this one
+    patch: int              # pixels per token in the encoder's input
+    dim: int                # D, channels of a token
+    pixels: tuple           # pixel mean and standard deviation
+    antialias: bool = True  # of resampled positions, as in the reference
+    options: dict = {}      # where it differs from timm's model of that name
+
+    @property
+    def stride(self):
+        """Image pixels per token."""
+        return self.image_side * self.patch // self.input_side
+
+
+ENCODERS = {  #            timm's model                          image input patch dim  pixels
+    "dinov2_s":  Encoder("vit_small_patch14_reg4_dinov2.lvd142m", 256, 224, 14,  384, IMAGENET),
+    "dinov2_b":  Encoder("vit_base_patch14_reg4_dinov2.lvd142m",  256, 224, 14,  768, IMAGENET),
+    "dinov2_l":  Encoder("vit_large_patch14_reg4_dinov2.lvd142m", 256, 224, 14, 1024, IMAGENET),
+    "siglip2_b": Encoder("vit_base_patch16_siglip_256.v2_webli",  256, 256, 16,  768, HALF, options=TANH),
+    "mae_b":     Encoder("vit_base_patch16_224.mae",              256, 256, 16,  768, IMAGENET, False),
+    "dino_s8":   Encoder("vit_small_patch8_224.dino",             224, 224,  8,  384, IMAGENET, options=TANH),
+    # the paper's baselines: Stable Diffusion's VAE (Table 10), pixels (Table 11)
+    "sdvae":     Encoder("stabilityai/sd-vae-ft-ema",             256, 256, 16,   16, HALF),
+    "pixel":     Encoder("",                                      256, 256, 16,  768, HALF),
+    # for a laptop: 16 tokens of an image of 32 pixels; and a small VAE and pixels
+    "tiny":       Encoder("vit_tiny_patch16_224",                  32,  32,  8,   96, HALF, options=TINY),
+    "tiny_vae":   Encoder("vit_tiny_patch16_224",                  32,  32,  8,   16, HALF, options=dict(
+                          TINY, num_classes=16)),  # a linear bottleneck: the posterior's mean
+    "tiny_pixel": Encoder("",                                      32,  32,  8,  192, HALF),
+}
+
+
+def patchify(images, patch):
+    """(B,3,h*patch,w*patch) -> (B,h*w,3*patch*patch): by row, column, channel."""
+    x = images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (B, 3, h, row, w, column)
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def unpatchify(x, patch):
+    """(B,N,3*patch*patch) -> (B,3,h*patch,w*patch): the inverse, of square images."""
+    side = math.isqrt(x.shape[1])
+    x = x.unflatten(2, (patch, patch, 3)).unflatten(1, (side, side))  # (B, h, w, row, column, 3)
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+class Patchify(nn.Module):
+    """The encoder `pixel`: tokens are patches (Table 11)."""
+    def __init__(self, patch):
+        super().__init__()
+        self.patch = patch
+
+    def forward(self, x):
+        return patchify(x, self.patch)
+
+
+class Unpatchify(Patchify):
+    """The decoder of `pixel`: exact, with nothing to train."""
+    def forward(self, x):
+        return unpatchify(x, self.patch)
+
+
+class PatchNorm(nn.Module):
+    """An encoder's last layer: patch tokens, each of mean 0 and variance 1 over its channels.
+
+    [CLS] and registers are dropped. The pretrained norm's scale and shift are left out, because
+    tau, the noise of stage 1, is defined relative to tokens of unit variance.
+    """
+    def __init__(self, prefix_tokens, eps):
+        super().__init__()
+        self.prefix_tokens = prefix_tokens
+        self.eps = eps
+
+    def forward(self, x):
+        return F.layer_norm(x[:, self.prefix_tokens:], x.shape[-1:], eps=self.eps)
+
+
+def build_encoder(name, image_size, weights=None):
+    """The frozen encoder: normalised pixels (B,3,h,w) -> layer-normed patch tokens (B,N,D).
+
+    name: one of ENCODERS. weights: None for the pretrained ones (of the Hugging Face hub; `tiny`:
+    bundled), "random", a state dict as timm, DINOv2's or MAE's authors write it, or the path of
+    one. Errors: no network, weights of another model. Source: section 3.
+    """
+    spec = ENCODERS[name]
+    if not spec.timm:
+        return Patchify(spec.patch)
+    if name == "sdvae":
+        from assets.sdvae import build
+        return build(weights, **spec.options)
+
+    # A ViT without its classifier, and with our last layer
+    options = dict(num_classes=0, global_pool="") | spec.options
+    vit = timm.create_model(spec.timm, **options)
+    vit.norm = PatchNorm(vit.num_prefix_tokens, vit.norm.eps)
+
+    # Its positions are resampled to our grid of tokens as the reference does it
+    grid = [image_size // spec.stride] * 2
+    native = vit.pos_embed.shape
+    resample = partial(resample_abs_pos_embed, new_size=grid, antialias=spec.antialias,
+                       num_prefix_tokens=0 if vit.no_embed_class else vit.num_prefix_tokens)
+    vit.pos_embed = nn.Parameter(resample(vit.pos_embed.detach()))
+    vit.patch_embed.set_input_size(img_size=grid[0] * spec.patch)
+
+    # Weights: the bundled ones, the hub's, or those that were given
+    if weights is None:
+        bundled = ROOT / f"assets/{name}.pt"  # tiny, tiny_vae
+        weights = bundled if bundled.exists() else fetch(f"timm/{spec.timm}", "model.safetensors")
+    if str(weights) != "random":  # random: as it was initialised
+        state = weights if isinstance(weights, dict) else read_weights(weights)
+        state = encoder_state(state, vit.state_dict(), native, resample)
+        load_strict(vit, state, f"encoder {name}")
+    return vit.eval().requires_grad_(False)
+
+
+def encoder_state(weights, own, native, resample):
+    """A published state dict -> ours; own: our ViT's; native: the published positions' shape."""
+    state = dict(unwrap(weights))
+    if "register_tokens" in state:  # DINOv2's own file: timm has [CLS]'s position in [CLS]
+        position, state["pos_embed"] = state["pos_embed"].tensor_split([1], 1)
+        state["cls_token"] = state["cls_token"] + position
+        state["reg_token"] = state.pop("register_tokens")
+    if getattr(state.get("pos_embed"), "shape", None) == native:  # a rae.pt has them resampled
+        state["pos_embed"] = resample(state["pos_embed"].float())
+    # Not needed: the norm's scale and shift, classifiers, MAE's decoder
+    unused = ("norm.", "fc_norm.", "head", "attn_pool.", "decoder", "mask_token")
+    return {key: value for key, value in state.items()
+            if key in own or not key.startswith(unused)}
+
+
+# The decoder: tokens -> normalised pixels
+
+def grid_angles(side, dim):
+    """Angles (side*side, dim/2) of a square grid's positions: by row, then by column."""
+    exponents = torch.arange(dim // 4).double() / (dim // 4)  # 0 to 1
+    angles = torch.arange(side)[:, None] * 10000.0 ** -exponents  # (side, dim/4)
+    rows = angles.repeat_interleave(side, 0)
+    columns = angles.repeat(side, 1)
+    return torch.cat([rows, columns], 1)
+
+
+def sincos_2d(side, dim):
+    """MAE's fixed position embedding (side*side, dim): columns, then rows."""
+    rows, columns = grid_angles(side, dim).chunk(2, 1)  # each (side*side, dim/4)
+    return torch.cat([columns.sin(), columns.cos(), rows.sin(), rows.cos()], 1).float()
+
+
+def attention(q, k, v, mask=None):
+    """scaled_dot_product_attention (B,heads,N,C); on CPUs in fp32, since bf16 is slower there."""
+    if not q.is_cuda:
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask)
+    return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, mask)
+
+
+class DecoderBlock(nn.Module):
+    """Pre-norm transformer block, as in ViT-MAE."""
+    def __init__(self, width, heads, mlp_hidden):
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width, eps=1e-12)
+        self.norm2 = nn.LayerNorm(width, eps=1e-12)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        layers = nn.Linear(width, mlp_hidden), nn.GELU(), nn.Linear(mlp_hidden, width)
+        self.mlp = nn.Sequential(*layers)
+
+    def forward(self, x):
+        qkv = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1))  # (B, N, 3, heads, C)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, C)
+        x = x + self.proj(attention(q, k, v).transpose(1, 2).flatten(2))  # (B, N, width)
+        return x + self.mlp(self.norm2(x))  # (B, N, width)
+
+
+DECODERS = {
+    "tiny": dict(width=160,  depth=3,  heads=5,  mlp_hidden=640),
+    "B":    dict(width=768,  depth=12, heads=12, mlp_hidden=3072),
+    "L":    dict(width=1024, depth=24, heads=16, mlp_hidden=4096),
+    "XL":   dict(width=1152, depth=28, heads=16, mlp_hidden=4096),
+}
+
+
+class Decoder(nn.Module):
+    """MAE's ViT decoder: tokens (B,N,D) -> normalised pixels (B,3,h*patch,w*patch).
+
+    Errors: tokens that form no square; a width that is no multiple of its heads and of 4.
+    """
+    def __init__(self, tokens, token_dim, width, depth, heads, mlp_hidden, patch):
+        super().__init__()
+        side = math.isqrt(tokens)
+        if width % heads or width % 4 or side ** 2 != tokens:
+            raise UserError(f"no decoder of width {width}, {heads} heads on {tokens} tokens: the"
+                            " width must be a multiple of heads and of 4, tokens a square")
+        self.patch = patch
+        self.embed = nn.Linear(token_dim, width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.register_buffer("pos_embed", sincos_2d(side, width), persistent=False)
+        blocks = (DecoderBlock(width, heads, mlp_hidden) for _ in range(depth))
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(width, eps=1e-12)
+        self.predict = nn.Linear(width, 3 * patch * patch)
+
+    def forward(self, x):
+        x = self.embed(x) + self.pos_embed  # (B, N, width)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)  # [CLS] has no position
+        for block in self.blocks:
+            x = block(x)                       # (B, 1 + N, width)
+        x = self.predict(self.norm(x[:, 1:]))  # (B, N, 3 patch patch)
+        return unpatchify(x.float(), self.patch)
+
+
+# The autoencoder
+
+class RAE(nn.Module):
+    """Frozen encoder, latent statistics, decoder; load_encoder and load_rae bring the weights.
+
+    encoder: a name in ENCODERS; decoder: one in DECODERS, or a dict of such sizes; image_size:
+    the side of images, which are decoded at image_size * upsample. Errors: unknown names, an
+    image size that is no multiple of a token's.
+    """
+    def __init__(self, encoder="dinov2_b", decoder="XL", image_size=256, upsample=1):
+        super().__init__()
+        for what, name, table in (("encoder", encoder, ENCODERS), ("decoder", decoder, DECODERS)):
+            if isinstance(name, str) and name not in table:
+                raise UserError(f"unknown {what} {name!r}; there are {', '.join(table)}")
+        sizes = DECODERS[decoder] if isinstance(decoder, str) else decoder
+
+        # What it is, and the shape of its latents
+        self.name = encoder
+        self.spec = ENCODERS[encoder]
+        self.stride = self.spec.stride
+        if image_size % self.stride:
+            raise UserError(f"image size {image_size} does not fit {encoder}: use a multiple of"
+                            f" {self.stride}")
+        self.image_size = image_size
+        self.upsample = upsample
+        self.config = dict(encoder=encoder, decoder=dict(sizes), image_size=image_size,
+                           upsample=upsample)
+        self.num_tokens = (image_size // self.stride) ** 2  # N
+        self.token_dim = self.spec.dim                      # D
+        self.output_size = image_size * upsample            # side of decoded images
+        self.data = None  # the data set of its training; load_rae sets it ...
+        self.step = None  # ... and the number of steps
+
+        # Its decoder; the encoder comes later, or never
+        self.encoder = None
+        patch = self.stride * upsample  # pixels of a decoded token
+        self.decoder = Unpatchify(patch)
+        if self.spec.timm:
+            self.decoder = Decoder(self.num_tokens, self.token_dim, patch=patch, **sizes)
+        elif upsample > 1:
+            raise UserError(f"{encoder} decodes its patches as they are: --upsample 1")
+
+        # Statistics of the latents, which stage 1 measures, and of the encoder's pixels
+        self.register_buffer("mean", torch.zeros(self.num_tokens, self.token_dim))
+        self.register_buffer("var", torch.ones(self.num_tokens, self.token_dim))
+        pixel_mean, pixel_std = torch.tensor(self.spec.pixels).view(2, 3, 1, 1)
+        self.register_buffer("pixel_mean", pixel_mean, persistent=False)
+        self.register_buffer("pixel_std", pixel_std, persistent=False)
+
+    def load_encoder(self, weights=None):
+        """Build the encoder; weights: None (pretrained), "random", a path or a state dict, see
+        build_encoder. Returns this autoencoder."""
+        encoder = build_encoder(self.name, self.image_size, weights)
+        self.encoder = encoder.to(self.mean.device)
+        return self
+
+    @property
+    def std(self):
+        return (self.var + 1e-5).sqrt()  # (N, D)
+
+    @property
+    def latents(self):
+        """What tells these latents from others: the encoder, and its statistics."""
+        return f"{self.name} {self.var.double().mean():.6f}"
+
+    @torch.no_grad()
+    def tokens(self, images):
+        """images (B,3,H,W), H = W, floats in [0,1] -> layer-normed patch tokens (B,N,D), fp32.
+
+        Errors: no encoder; other shapes and types; values far from [0,1], which are looked for on
+        CPUs alone, since on a GPU each look would wait for the device.
+        """
+        if self.encoder is None:
+            raise UserError("this RAE was loaded to decode: load_encoder() builds its encoder")
+        square = images.ndim == 4 and images.shape[1] == 3 and images.shape[2] == images.shape[3]
+        floats = images.is_floating_point()
+        if not square or not floats or images.is_cpu and not -.5 < images.min() <= images.max() < 1.5:
+            raise UserError(f"images are {images.dtype} {tuple(images.shape)}: give square ones,"
+                            " floats (B, 3, H, H) from 0 to 1")
+        if self.upsample > 1 and images.shape[-1] == self.output_size:
+            images = F.avg_pool2d(images, self.upsample)  # down to image_size
+        side = self.image_size // self.stride * self.spec.patch  # of the encoder's input
+        if images.shape[-1] != side:
+            images = F.interpolate(images, (side, side), mode="bicubic")
+        return in_fp32(self.encoder)((images - self.pixel_mean) / self.pixel_std)
+
+    def encode(self, images):
+        """images (B,3,H,W) in [0,1] -> z (B,N,D), standardised by position and channel."""
+        x = self.tokens(images)            # (B, N, D)
+        return (x - self.mean) / self.std  # z: (B, N, D)
+
+    def decode(self, z, decoder=None):
+        """z (B,N,D) -> images (B,3,H',W'), not clamped to [0,1]; decoder: EMA's or DDP's."""
+        x = z * self.std + self.mean                 # (B, N, D)
+        x = (decoder or self.decoder)(x)             # (B, 3, H', W')
+        return x * self.pixel_std + self.pixel_mean  # (B, 3, H', W')
+
+
+# Its files
+
+def fetch(repo, file):
+    """The local path of a file of the Hugging Face hub, through the hub's cache."""
+    import huggingface_hub
+    huggingface_hub.utils.logging.set_verbosity_error()  # one sentence, not every retry
+    try:
+        return Path(huggingface_hub.hf_hub_download(repo, file))
+    except Exception as error:  # no network, a wrong proxy or mirror: each has its own kind
+        raise UserError(f"cannot fetch {file} of {repo} from the Hugging Face hub"
+                        f" ({type(error).__name__}); without a network bring that file: see"
+                        " --encoder-weights, --disc-weights, and assets/release.py --from"
+                        ) from None
+
+
+def read_weights(path):
+    """The dict in a .safetensors or torch file; no code in the file is run. torch's files are
+    memory-mapped: ranks share the pages, and tensors that nobody uses are never read.
+
+    Errors: no such file; a damaged one; one that holds anything but a dict of plain types.
+    """
+    try:
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file
+            return load_file(path)
+        mapped = zipfile.is_zipfile(path)  # not before torch 1.6
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        if not isinstance(state, dict):
+            raise pickle.UnpicklingError(f"it holds a {type(state).__name__}")
+        return state
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"{path}: no such file") from None
+    except Exception as error:  # torch and safetensors have many kinds
+        what = "is cut short or damaged, remove it and copy or download it again"
+        if isinstance(error, (pickle.UnpicklingError, KeyError, AttributeError, ValueError)):
+            what = "is no checkpoint that can be read without running code from it"
+        said = f"{path} {what} ({type(error).__name__}: {str(error):.80})"
+        raise UserError(said.splitlines()[0]) from None
+
+
+def unwrap(state):
+    """The state dict in a published file: bare, or wrapped in `ema` or `model`."""
+    return state.get("ema") or state.get("model") or state
+
+
+def load_strict(module, state, what):
+    """load_state_dict, with one sentence that names missing, foreign and misshapen weights."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        _, *lines = str(error).split("\n")
+        said = "; ".join(f"{line.strip():.120}" for line in lines[:3])
+        raise UserError(f"{what}: weights of another model: {said}") from None
+
+
+def newest_run(name):
+    """The newest out/*/name, else the bundled demo's."""
+    demo = ROOT / "assets/demo" / name
+    return max(Path("out").glob(f"*/{name}"), key=os.path.getmtime, default=demo)
+
+
+def locate(path_or_name, file):
+    """The path of a run's `file` (rae.pt, dit.pt). A run is named by its folder, by the file
+    itself, or as release:NAME, which is converted to our format on first use."""
+    if str(path_or_name).startswith("release:"):
+        from assets.release import release
+        found = release(str(path_or_name).removeprefix("release:")) / file
+        if not found.is_file():
+            raise UserError(f"{path_or_name} has no {file}: see python assets/release.py")
+        return found
+    path = Path(path_or_name)
+    return path / file if path.is_dir() else path
+
+
+def load_rae(path_or_name, device="cpu", decode_only=False):
+    """An RAE for use (EMA decoder, eval mode): from a rae.pt, its run's folder or release:NAME.
+    decode_only: without its encoder, for sampling. Errors: no file, or another kind of file."""
+    path = locate(path_or_name, "rae.pt")
+    saved = read_weights(path)
+    if not {"config", "mean", "var", "ema"} <= saved.keys():
+        raise UserError(f"{path} is no rae.pt, as train_decoder.py writes it (a dit.pt? a released"
+                        " file? `release:NAME` reads those)")
+    rae = RAE(**saved["config"])
+    averaged = {key: value.float() for key, value in saved["ema"].items()}
+    load_strict(rae.decoder, averaged, str(path))
+    rae.mean.copy_(saved["mean"])  # (N, D)
+    rae.var.copy_(saved["var"])    # (N, D)
+    rae.data = saved.get("data")
+    rae.step = saved.get("step")
+    if not decode_only:
+        rae.load_encoder(saved["encoder"])
+    return rae.eval().requires_grad_(False).to(device)
+
+
+def default_data(rae):
+    """The data set that an autoencoder was trained on, or that of its recipe."""
+    return rae.data or ("shapes" if rae.name.startswith("tiny") else "data/imagenet")
+
+
+# -------------------------------------------------------------------------------------------------
+# The autoencoder ends here. What follows is what all scripts share.
+
+
+# Randomness: every draw is seeded by (seed, step, position in the global batch), so that it is the
+# same on any number of processes, for any micro-batch and after a restart
 
 def mix(*parts):
     """Hash ints or int64 tensors, broadcast, to int64 in [0, 2^63): chained splitmix64."""
     def shift(h, bits):  # int64's >> keeps the sign: mask it away
         return (h >> bits) & ((1 << 64 - bits) - 1)
 
+    # splitmix64's published constants, as the negative int64 of the same bits
     h = torch.zeros((), dtype=torch.int64)
-    for part in parts:  # stirred in one after the other
-        h = (h ^ part) - 0x61C8864680B583EB  # int64 wraps around, as it should
-        h = (h ^ shift(h, 30)) * -0x40A7B892E31B1A47
-        h = (h ^ shift(h, 27)) * -0x6B2FB644ECCEEE15
+    for part in parts:
+        h = (h ^ part) + (0x9E3779B97F4A7C15 - 2 ** 64)  # int64 wraps around, as it should
+        h = (h ^ shift(h, 30)) * (0xBF58476D1CE4E5B9 - 2 ** 64)
+        h = (h ^ shift(h, 27)) * (0x94D049BB133111EB - 2 ** 64)
         h = h ^ shift(h, 31)
     return h & 0x7FFFFFFFFFFFFFFF
 
@@ -137,96 +543,183 @@ def random_crop(image, size, key):
 
 
 def read_image(path):
-    """A file -> upright RGB PIL image."""
+    """A file -> upright RGB PIL image. Errors: whatever its decoder raises; ValueError for values
+    of unknown range, and for shapes that no crop can use."""
     with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)  # cameras write how they were held
-        if image.mode.startswith("I;16"):       # 16-bit grey: convert() would clip it
+        if max(image.size) > 20 * min(image.size):  # before a crop enlarges it to gigabytes
+            raise ValueError(f"{image.width} x {image.height} pixels, longer than 20:1")
+        image.load()
+        deep = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")  # 0 to 65535
+        if image.mode == "F" or image.mode.startswith("I") and not deep:
+            raise ValueError(f"mode {image.mode}, whose range of values is unknown")
+        try:
+            image = ImageOps.exif_transpose(image)  # cameras write how they were held
+        except Exception:  # damaged EXIF: the picture is sound, and stays as it lies
+            pass
+        if image.mode.startswith("I"):  # 16 bits, which convert() would clip
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         return image.convert("RGB")
 
 
-BROKEN = (OSError, ValueError, SyntaxError, KeyError, IndexError, TypeError, struct.error,
-          Image.DecompressionBombError)  # what PIL raises on files that are damaged
+def visible(name):
+    """Whether a file or folder may be data: not hidden, and not what Macs and NAS add."""
+    return not name.startswith(".") and name not in ("@eaDir", "__MACOSX")
+
+
+def walk(path):
+    """(folder below path, name) of all files that may be data, sorted; each folder once."""
+    seen = set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        place = os.path.realpath(folder)
+        folders[:] = sorted(filter(visible, folders)) if place not in seen else []
+        for name in sorted(filter(visible, names)) if place not in seen else []:
+            yield os.path.relpath(folder, path).removeprefix("."), name
+        seen.add(place)
+
+
+def is_image(name):
+    return name.lower().endswith(IMG_EXTENSIONS)
+
+
+def folders_in(path):
+    """Names of the folders in a folder that may be data, sorted."""
+    names = os.listdir(path) if os.path.isdir(path) else []
+    return sorted(name for name in names if visible(name) and os.path.isdir(Path(path, name)))
+
+
+def splits(path):
+    """(training folder, held-out folder or None): path/train and path/val, where train/ has class
+    folders and nothing beside it but val/ and test/ has images; else path itself."""
+    def has_images(*parts):
+        return any(is_image(name) for _, name in walk(Path(path, *parts)))
+
+    names = folders_in(path)
+    classes = folders_in(Path(path, "train")) if "train" in names else []
+    others = [name for name in names if name not in ("train", "val", "test")]
+    if not any(has_images("train", name) for name in classes) or any(map(has_images, others)):
+        return path, None
+    return Path(path, "train"), Path(path, "val") if "val" in names else None
 
 
 class Folder(Dataset):
-    """An ImageFolder tree, class/*.jpg: (index, key) -> (uint8 (3,size,size), label, key).
+    """Class folders, class/**/*.jpg: item (index, key) -> (uint8 (3,size,size), label, key).
 
-    A file that cannot be decoded is named once. In training the next one takes its place: batches
-    keep their size. Otherwise its item is None, which `good` leaves out.
+    train: an image drawn from the key takes the place of a file that cannot be read; else its
+    item is None, which drop_broken leaves out. crop: stage 1's random crops; else the centre.
+    size None: all images below path are one class, and stay as they are, all of one size.
+    Errors: no folder, no class or one without images, classes that are splits.
     """
-    def __init__(self, path, size, train=False, crop=False):
-        # The files, class by class; each image once
-        try:
-            files = ImageFolder(path, allow_empty=True)  # class/name.jpg, sorted
-        except (FileNotFoundError, NotADirectoryError):
-            raise UserError(f"{path}: no such folder, or no class folder in it: images are expected"
-                            f" as {path}/CLASS/*.jpg (of a flat folder, `mkdir {path}/all &&"
-                            f" mv {path}/*.* {path}/all` makes one class)") from None
-        if not files.samples:
-            raise UserError(f"{path}: no image in any of its {len(files.classes)} class folders")
-        places = {os.path.dirname(file) for file, _ in files.samples}
-        if len({os.path.realpath(place) for place in places}) < len(places):
-            raise UserError(f"{path}: a link leads into a folder that is there already, whose images"
-                            " would be seen twice: remove the link")
+    SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 
-        self.samples = files.samples  # [(path, label)]
-        self.classes = files.classes
+    def __init__(self, path, size, train=False, crop=False):
         self.size = size
         self.train = train
         self.crop = crop
-        # Shared by workers, so that each is told once: broken files, and one that is too small
+        self.classes = folders_in(path) if size else [""]
+
+        # The files by class, and what is left out
+        labels = {name: label for label, name in enumerate(self.classes)}
+        self.samples = []  # [(path, label)]
+        left_out = Counter()
+        for folder, name in walk(path):
+            label = labels.get(folder.split(os.sep)[0]) if size else 0
+            if label is None:
+                left_out["beside class folders"] += 1
+            elif is_image(name):
+                self.samples.append((os.path.join(path, folder, name), label))
+            else:
+                left_out[Path(name).suffix.lower()] += 1
+        if left_out:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common(6))
+            say(f"{path}: files that are not read: {kinds}")
+
+        # What is no data set, or perhaps another than was meant
+        filled = {label for _, label in self.samples}
+        empty = [name for name in self.classes if labels[name] not in filled]
+        parts = [name for name in self.classes if name.lower() in self.SPLITS]
+        if not self.classes or not os.path.isdir(path):
+            raise UserError(f"{path}: no such folder, or no class folder in it: images are expected"
+                            f" as {path}/CLASS/*.jpg (of a flat folder, `mkdir {path}/all &&"
+                            f" mv {path}/*.* {path}/all` makes one class)")
+        if empty:
+            raise UserError(f"{path}: no image that is read in {', '.join(empty[:4]) or 'it'}: remove"
+                            f" it, or add images ({', '.join(IMG_EXTENSIONS)})")
+        if len(parts) > 1 or parts == self.classes:
+            raise UserError(f"{path} has the class folders {', '.join(parts)}: parts of a data set"
+                            f" are named {path}/train and {path}/val, with class folders in each")
+
+        # Shared by loader processes: a broken file is named once and not opened again
         self.broken = torch.zeros(len(self.samples), dtype=torch.bool).share_memory_()
-        self.small = torch.zeros((), dtype=torch.bool).share_memory_()
+        self.small = torch.zeros((), dtype=torch.bool).share_memory_()  # one is below `size`
+        self.shape = None  # set where all files must have the same
 
     def __len__(self):
         return len(self.samples)
 
-    def prepare(self, path, key):
-        """File -> uint8 (3, size, size)."""
-        image = read_image(path)  # of any size
-        if min(image.size) < self.size and not self.small:
+    def prepare(self, image, path, key):
+        """PIL image -> uint8 (3,size,size)."""
+        if self.size and min(image.size) < self.size and not self.small:
             self.small.fill_(True)
             print(f"WARNING: {path} has {image.width} x {image.height} pixels, and is enlarged"
                   f" to {self.size}, as are others like it", flush=True)
         if self.train and self.crop:
-            return TF.pil_to_tensor(random_crop(image, self.size, key))
-        return TF.pil_to_tensor(center_crop(image, self.size))
+            image = random_crop(image, self.size, key)
+        elif self.size:
+            image = center_crop(image, self.size)
+        if self.shape and (3, image.height, image.width) != self.shape:
+            raise ValueError(f"{image.width} x {image.height} pixels, unlike the others")
+        return TF.pil_to_tensor(image)
+
+    def read(self, index, key):
+        """A file's image, or None if it is broken: one rule for all that a decoder may raise."""
+        path, _ = self.samples[index]
+        if not self.broken[index]:
+            try:
+                return self.prepare(read_image(path), path, key)
+            except Exception as error:
+                self.broken[index] = True
+                print(f"skipped {path}: {error}", flush=True)
 
     def __getitem__(self, item):
         index, key = item
-        for place in range(index, index + len(self)):
-            place = place % len(self)  # after the last the first
-            path, label = self.samples[place]
-            try:
-                return self.prepare(path, key), label, key
-            except BROKEN as error:
-                if not self.broken[place]:
-                    print(f"skipped {path}: {error}", flush=True)
-                self.broken[place] = True  # for all workers
-            if not self.train:
-                return None
-        raise UserError("not one image of the folder can be decoded: give other --data")
+        image = self.read(index, key)
+        draws = np.random.default_rng([key, 1])  # other draws than the crop's
+        while image is None and self.train:
+            if self.broken.all():
+                raise UserError("not one image of the folder can be read: give other --data")
+            index = draws.integers(len(self))
+            image = self.read(index, key)
+        return None if image is None else (image, self.samples[index][1], key)
 
 
 def open_data(data, size, crop=False):
-    """The training set: `shapes`, or an image folder (its train/, if any)."""
+    """The training set: `shapes`, or an image folder (its train/, if it is laid out in splits).
+    Items: (index, key) -> (uint8 image (3,size,size), label, key)."""
     if data == "shapes":
         from assets.shapes import Shapes
         return Shapes(size)
-    inner = Path(data, "train")  # as in ImageNet
-    return Folder(inner if inner.is_dir() else data, size, train=True, crop=crop)
+    folder, _ = splits(data)
+    return Folder(folder, size, train=True, crop=crop)
 
 
 def open_val(val, data, size):
-    """The held-out set, never trained on: --val, held-out shapes, DATA/val, or None."""
+    """The held-out set, never trained on: --val (its val/, if it has splits), held-out shapes,
+    DATA's val/, or None. Items as open_data's."""
     if (val or data) == "shapes":
         from assets.shapes import Shapes
         return Shapes(size, first=50_000, count=10_000)  # training has those before
-    if val or Path(data, "val").is_dir():
-        return Folder(val or Path(data, "val"), size)
-    return None
+    _, held_out = splits(val or data)
+    return Folder(held_out or val, size) if held_out or val else None
 
+
+def centre_crops(dataset):
+    """The data set without augmentation, where a broken file's item is None."""
+    dataset = copy(dataset)
+    dataset.train = False
+    return dataset
+
+
+# Images in order
 
 def worker_count(dataset, workers=None):
     """Loader processes: as asked; else none for drawn images, for files a core each, up to 8."""
@@ -236,488 +729,519 @@ def worker_count(dataset, workers=None):
         return 0
     # The cores that this process may use; macOS does not say
     allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)
-    return min(8, max(1, len(allowed) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return min(8, max(1, len(allowed) // int(from_torchrun("LOCAL_WORLD_SIZE", 1))))
 
 
-def quiet_worker(_):
-    """Ctrl-C, torchrun, SLURM signal loader processes too: if they died, no run could save."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # they end with the main process
+def start_worker(_):
+    """A loader process ignores SIGINT, SIGTERM, SIGHUP, which reach all processes of a run: the
+    main one needs it until it has saved, and ends it (end_workers)."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
+    sys.stdout = Output(sys.stdout)
 
 
-def good(items):
+def end_workers():
+    """At exit, however a script ends: Python would wait for loader processes for ever."""
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
+def drop_broken(items):
     """A batch of the items that are there (Folder gives None for a broken file), or None."""
     items = [item for item in items if item is not None]
     return default_collate(items) if items else None
 
 
-def spread(length, most=None):
-    """At most `most` places all over a data set, however its classes are ordered."""
-    # Of equal parts, the i-th place of part i: a bare stride might meet one class alone
+def loader_of(dataset, order, batch, workers, pin_memory=False):
+    """A DataLoader over the batches of `order`, each a list of the data set's items."""
+    count = worker_count(dataset, workers)
+    size = getattr(dataset, "size", None) or 0
+    need = (2 * count + 1) * batch * 3 * size ** 2  # two batches a process wait
+    if count and os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < need:
+        raise UserError(f"{count} loader processes need {need / 2 ** 20:.0f} MiB in /dev/shm, which"
+                        f" has {shutil.disk_usage('/dev/shm').free / 2 ** 20:.0f}: give docker run"
+                        " --shm-size=8g, or --workers 0")
+    atexit.unregister(end_workers)
+    atexit.register(end_workers)  # after multiprocessing's own handler, so that it runs before
+    return DataLoader(dataset, batch_sampler=order, num_workers=count, collate_fn=drop_broken,
+                      worker_init_fn=start_worker, pin_memory=pin_memory)
+
+
+def evenly(length, most=None):
+    """At most `most` positions all over a data set, however its classes are ordered."""
+    # A fixed stride could always hit the same class: shift the pick a little in every part
     count = min(length, most or length)
     return [i * length // count + i % (length // count) for i in range(count)]
 
 
 def in_order(dataset, batch, device, rank=0, world=1, workers=None, most=None):
-    """Each image once, or `most` of them, spread; ranks take turns. Yields images (b,3,H,W) in
-    [0,1], labels (b,) and numbers (b,) counted from 0, those of broken files missing."""
-    # This rank's places, in batches
-    items = [(place, i) for i, place in enumerate(spread(len(dataset), most))][rank::world]
+    """Each image once, or `most` of them; ranks take turns. Yields images (b,3,H,W) in [0,1],
+    labels (b,) and numbers (b,) counted from 0, those of broken files missing."""
+    items = [(index, i) for i, index in enumerate(evenly(len(dataset), most))][rank::world]
     order = [items[i:i + batch] for i in range(0, len(items), batch)]
-    loader = DataLoader(dataset, batch_sampler=order, num_workers=worker_count(dataset, workers),
-                        collate_fn=good, worker_init_fn=quiet_worker)
 
     # 8 bits until here: a quarter of the bytes between processes, and to the device
-    for part in loader:
+    for part in loader_of(dataset, order, batch, workers):
         if part is not None:  # all of its files may be broken
             images, labels, numbers = part
             yield images.to(device).float() / 255, labels.to(device), numbers
 
 
-# Frozen encoders
-
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # pixel mean and standard deviation
-HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-TANH = dict(act_layer=partial(nn.GELU, approximate="tanh"))  # timm's has the exact one
-TINY = dict(img_size=32, patch_size=8, embed_dim=96, depth=4, num_heads=4)
-
-
-class Encoder(NamedTuple):
-    timm: str               # timm's name (sdvae: its repository); empty: pixels
-    image: int              # for images of this side ...
-    input: int              # ... the encoder's input has this one
-    patch: int              # pixels per token in the encoder's input
-    dim: int                # channels of a token
-    pixels: tuple           # pixel mean and standard deviation
-    antialias: bool = True  # of resampled positions, as in the reference
-    options: dict = {}      # in which it differs from timm's model of that name
-
-    @property
-    def stride(self):  # image pixels per token
-        return self.image * self.patch // self.input
+def try_to_read(*datasets, workers=None, most=1000):
+    """Read up to `most` files of each data set, and end the run if more than 1 % are broken: others
+    would be seen in their place. Call it on all ranks."""
+    for dataset in datasets:
+        if not hasattr(dataset, "samples"):
+            continue  # None, or images that are drawn
+        readable = torch.zeros(())
+        ranks = dist.get_rank(), dist.get_world_size()
+        for images, *_ in in_order(centre_crops(dataset), 64, "cpu", *ranks, workers, most):
+            readable += len(images)
+        dist.all_reduce(readable)
+        tried = min(most, len(dataset))
+        lost = tried - int(readable)
+        if lost:
+            say(f"{lost} of {tried} images cannot be read")
+        if lost > tried / 100:
+            raise UserError(f"{lost} of {tried} images cannot be read, see above: mend or remove"
+                            " them; up to 1 % is allowed")
 
 
-ENCODERS = {  #            timm model                            image input patch dim  pixels
-    "dinov2_s":  Encoder("vit_small_patch14_reg4_dinov2.lvd142m", 256, 224, 14,  384, IMAGENET),
-    "dinov2_b":  Encoder("vit_base_patch14_reg4_dinov2.lvd142m",  256, 224, 14,  768, IMAGENET),
-    "dinov2_l":  Encoder("vit_large_patch14_reg4_dinov2.lvd142m", 256, 224, 14, 1024, IMAGENET),
-    "siglip2_b": Encoder("vit_base_patch16_siglip_256.v2_webli",  256, 256, 16,  768, HALF, options=TANH),
-    "mae_b":     Encoder("vit_base_patch16_224.mae",              256, 256, 16,  768, IMAGENET, False),
-    "dino_s8":   Encoder("vit_small_patch8_224.dino",             224, 224,  8,  384, IMAGENET, options=TANH),
-    "sdvae":     Encoder("stabilityai/sd-vae-ft-ema",             256, 256, 16,   16, HALF, options=dict(
-                         block_out_channels=(128, 256, 512, 512), layers_per_block=2)),
-    "pixel":     Encoder("",                                      256, 256, 16,  768, HALF),
-    # for a laptop: 16 tokens of a 32 px image; its baselines, a small VAE and pixels
-    "tiny":       Encoder("vit_tiny_patch16_224",                  32,  32,  8,   96, HALF, options=TINY),
-    "tiny_vae":   Encoder("vit_tiny_patch16_224",                  32,  32,  8,   16, HALF, options=dict(
-                          TINY, num_classes=16)),  # a linear bottleneck: the posterior's mean
-    "tiny_pixel": Encoder("",                                      32,  32,  8,  192, HALF),
-}
+def micro_batch(batch, micro, world):
+    """(images of a rank at a time, accumulation): the fewest equal parts of at most `micro`."""
+    if batch % world:
+        raise UserError(f"--batch {batch} does not divide over {world} ranks: give a multiple")
+    share = batch // world
+    accum = next(k for k in range(1, share + 1) if share % k == 0 and share // k <= micro)
+    return share // accum, accum
 
 
-def patchify(images, patch):
-    """(B,3,h*patch,w*patch) -> (B,h*w,3*patch*patch): by row, column, channel."""
-    x = images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (B, 3, h, row, w, column)
-    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+def shuffled(length, batch, accum=1, seed=0, step=0, rank=0, world=1):
+    """Micro-batches [(index, key)]: the data set in permutations, one per (seed, epoch), of which
+    step s takes the images from s * batch on; key = hash(seed, step, position in the batch)."""
+    @lru_cache(2)  # a batch may reach into the next epoch
+    def permutation(epoch):
+        generator = torch.Generator().manual_seed(int(mix(seed, epoch)))
+        return torch.randperm(length, generator=generator).tolist()
+
+    size = batch // (accum * world)  # of a micro-batch
+    while True:
+        # Other ranks or micro-batches cut a batch into other pieces: keys go with positions
+        for micro in range(accum):
+            positions = torch.arange(size) + (micro * world + rank) * size
+            keys = mix(seed, step, positions).tolist()
+            yield [(permutation(at // length)[at % length], key)
+                   for at, key in zip((step * batch + positions).tolist(), keys)]
+        step += 1
 
 
-def unpatchify(x, patch):
-    """(B,N,3*patch*patch) -> (B,3,h*patch,w*patch): patchify backwards, of square images."""
-    side = math.isqrt(x.shape[1])
-    x = x.unflatten(2, (patch, patch, 3)).unflatten(1, (side, side))  # (B, h, w, row, column, 3)
-    return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+def batches(dataset, order, batch, workers, device):
+    """Endless (images (b,3,H,W) in [0,1], labels (b,)) on the device, keys (b,) on the CPU."""
+    for images, labels, keys in loader_of(dataset, order, batch, workers, device.type == "cuda"):
+        images = images.to(device, non_blocking=True).float() / 255
+        yield images, labels.to(device, non_blocking=True), keys
 
 
-class Patches(nn.Module):
-    """Encoder of pixels (Table 11), by patchify; their decoder, by unpatchify."""
-    def __init__(self, turn, patch):
-        super().__init__()
-        self.forward = partial(turn, patch=patch)  # no weights, nothing to train
+# How alike two images are: a number for each pair of images (B,3,H,W) in [0,1]
+
+def psnr(a, b):
+    """-10 log10(mean squared error) in dB (B,), float64; 100 dB when identical."""
+    return -10 * (a.double() - b.double()).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
 
 
-class SDVAE(nn.Module):
-    """Stable Diffusion's VAE: (B,3,h,w) -> the posterior's mean (B,hw/256,16)."""
-    def __init__(self, **sizes):
-        super().__init__()
+def ssim(a, b):
+    """Structural similarity (B,), float64 (Wang 2004): Gaussian windows of 11 x 11, sigma 1.5.
+    Errors: images below 11 pixels."""
+    if min(a.shape[2:]) < 11:
+        raise UserError(f"images of {tuple(a.shape[2:])} pixels, and SSIM needs at least 11 x 11")
+    offsets = torch.arange(11, device=a.device).double() - 5
+    window = torch.exp(-offsets ** 2 / (2 * 1.5 ** 2))
+    window = (window / window.sum()).view(1, 1, 11, 1)  # down, then across: separable
+
+    def blur(x):  # (B,3,H,W) -> (3B,1,H-10,W-10)
+        return F.conv2d(F.conv2d(x.flatten(0, 1)[:, None], window), window.mT)
+
+    # Local means, variances and covariance, each (3B, 1, H-10, W-10)
+    a = a.double()
+    b = b.double()
+    mean_a = blur(a)
+    mean_b = blur(b)
+    var_a = blur(a * a) - mean_a ** 2
+    var_b = blur(b * b) - mean_b ** 2
+    cov = blur(a * b) - mean_a * mean_b
+
+    # Luminance, times contrast and structure
+    c1, c2 = 0.01 ** 2, 0.03 ** 2  # against small denominators
+    luminance = (2 * mean_a * mean_b + c1) / (mean_a ** 2 + mean_b ** 2 + c1)
+    score = luminance * (2 * cov + c2) / (var_a + var_b + c2)
+    return score.view(len(a), -1).mean(1)  # of each image
+
+
+def download(url, flag):
+    """A published state dict, through torch's cache; flag: the option that takes its file."""
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+    if not path.exists():
         try:
-            from diffusers import AutoencoderKL  # wanted here alone
-        except ImportError:
-            raise UserError("the encoder sdvae needs diffusers: pip install diffusers") from None
-        vae = AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 4, **sizes)
-        self.encoder = vae.encoder  # its decoder is not wanted: ours is trained
-        self.quant_conv = vae.quant_conv
-
-    def forward(self, x):
-        mean, _ = self.quant_conv(self.encoder(x)).chunk(2, 1)  # each (B, 4, h/8, w/8)
-        return 0.18215 * patchify(mean, 2)                      # about variance 1
+            path.parent.mkdir(parents=True, exist_ok=True)
+            digest = path.stem.rsplit("-", 1)[1]  # part of the name, and checked
+            torch.hub.download_url_to_file(url, path, digest, progress=False)
+        except Exception as error:  # no network, a wrong proxy: each has its own kind
+            raise UserError(f"cannot download {path.name} ({error}): bring that file and name it"
+                            f" with {flag}") from None
+    return read_weights(path)
 
 
-class PatchNorm(nn.Module):
-    """An encoder's last layer: patch tokens, each of mean 0 and variance 1 over its channels.
+VGG = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
-    [CLS] and registers are dropped. The pretrained norm's scale and shift would be undone by
-    latent statistics anyway, but the noise of stage 1 is measured against these tokens.
+
+def load_lpips(device="cpu", vgg=None):
+    """LPIPS with VGG, frozen: images (B,3,H,W), both in [-1,1] -> (B,1,1,1).
+
+    vgg: None for torchvision's weights, which are downloaded, the path of that file, or "random".
     """
-    def __init__(self, extra, eps):
-        super().__init__()
-        self.extra = extra
-        self.eps = eps
-
-    def forward(self, x):
-        return F.layer_norm(x[:, self.extra:], x.shape[-1:], eps=self.eps)
-
-
-def build_encoder(name, image_size, weights=None, flag="--encoder-weights PATH"):
-    """The frozen encoder: normalised pixels (B,3,h,w) -> layer-normed patch tokens (B,N,D).
-
-    weights: None for the pretrained ones (the hub's; `tiny`: bundled), "random", a state dict as
-    timm, diffusers, DINOv2's or MAE's authors write it, or its path. Source: section 3.
-    """
-    spec = ENCODERS[name]
-    if not spec.timm:
-        return Patches(patchify, spec.patch)
-    grid = [image_size // spec.stride] * 2  # of tokens
-    if name == "sdvae":
-        model = SDVAE(**spec.options)
-        hub = spec.timm, "diffusion_pytorch_model.safetensors"
-        native = ()  # no positions to resample
-    else:
-        # A ViT without its classifier, and with our last layer
-        options = dict(num_classes=0, global_pool="") | spec.options
-        model = timm.create_model(spec.timm, **options)
-        model.norm = PatchNorm(model.num_prefix_tokens, model.norm.eps)
-        hub = f"timm/{spec.timm}", "model.safetensors"
-
-        # Its positions are resampled to our grid as the reference does it
-        native = model.pos_embed.shape
-        extra = 0 if model.no_embed_class else model.num_prefix_tokens
-        resample = partial(resample_abs_pos_embed, new_size=grid, antialias=spec.antialias,
-                           num_prefix_tokens=extra)
-        model.pos_embed = nn.Parameter(resample(model.pos_embed.detach()))
-        model.patch_embed.set_input_size(img_size=grid[0] * spec.patch)
-
-    # Weights: the bundled ones, the hub's, or those that were named
-    if weights is None:
-        bundled = ROOT / f"assets/{name}.pt"  # tiny, tiny_vae
-        weights = bundled if bundled.exists() else fetch(*hub, f"{flag} (encoder {name})")
-    if str(weights) != "random":  # random: as it was initialised
-        state = dict(unwrap(weights if isinstance(weights, dict) else read_weights(weights)))
-        if "register_tokens" in state:  # DINOv2's own file: timm has [CLS]'s position in [CLS]
-            position, state["pos_embed"] = state["pos_embed"].tensor_split([1], 1)
-            state["cls_token"] = state["cls_token"] + position
-            state["reg_token"] = state.pop("register_tokens")
-        if getattr(state.get("pos_embed"), "shape", None) == native:  # ours are saved resampled
-            state["pos_embed"] = resample(state["pos_embed"].float())
-        # Attention's names in the VAE's file, before diffusers changed them
-        for old, new in dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0").items():
-            state = {key.replace(f".{old}.", f".{new}."): value for key, value in state.items()}
-        # Not needed: the norm's affine part, classifiers, MAE's and the VAE's decoder
-        unused = ("norm.", "fc_norm.", "head", "attn_pool.", "decoder", "mask_token", "post_quant")
-        own = model.state_dict()
-        state = {k: v for k, v in state.items() if k in own or not k.startswith(unused)}
-        load_strict(model, state, f"encoder {name}")
-    return model.eval().requires_grad_(False)
+    import lpips  # wanted here alone
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it calls torchvision the old way
+        net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    for linear in net.lins:
+        linear.forward = in_fp32(linear.forward)  # small differences, too fine for bf16
+    # The five layers that weigh come with the package; the network beneath, VGG16, does not
+    if vgg != "random":
+        state = read_weights(vgg) if vgg else download(
+            VGG, "--lpips-vgg PATH, or train without LPIPS: --lpips-weight 0")
+        # Its five slices are one numbered sequence in the file
+        names = {f"features.{key.split('.', 1)[1]}": key for key in net.net.state_dict()}
+        own = {names[key]: value for key, value in state.items() if key in names}
+        load_strict(net.net, own, "VGG16 of LPIPS")
+    return net.to(device).eval().requires_grad_(False)
 
 
-# The decoder
+# Optimiser steps
 
-def grid_angles(side, dim):
-    """Angles (side*side, dim/2) of a square grid's places: by row, then by column."""
-    exponents = torch.arange(dim // 4).double() / (dim // 4)  # 0 to 1
-    angles = torch.arange(side)[:, None] * 10000.0 ** -exponents  # (side, dim/4)
-    rows = angles.repeat_interleave(side, 0)
-    columns = angles.repeat(side, 1)
-    return torch.cat([rows, columns], 1)
-
-
-def sincos_2d(side, dim):
-    """MAE's fixed position embedding (side*side, dim): columns, then rows."""
-    rows, columns = grid_angles(side, dim).chunk(2, 1)  # each (side*side, dim/4)
-    return torch.cat([columns.sin(), columns.cos(), rows.sin(), rows.cos()], 1).float()
+def autocast_for(dtype, device):
+    """(dtype, by default bf16 where hardware has it; a function that makes its contexts)."""
+    if dtype is None:
+        if device.type == "cuda":
+            has = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            has = torch.cpu.get_capabilities().get("avx512_bf16")
+        dtype = "bf16" if has else "fp32"
+    return dtype, partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == "bf16")
 
 
-attention_in_fp32 = in_fp32(F.scaled_dot_product_attention)
-
-
-def attention(q, k, v):
-    """scaled_dot_product_attention (B,heads,N,C); fp32 on CPUs, where bf16 is far slower."""
-    if q.is_cuda:
-        return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
-    return attention_in_fp32(q, k, v)
-
-
-class DecoderBlock(nn.Module):
-    """Pre-norm transformer block, as in ViT-MAE."""
-    def __init__(self, width, heads, mlp_hidden):
-        super().__init__()
-        self.heads = heads
-        self.norm1 = nn.LayerNorm(width, eps=1e-12)
-        self.norm2 = nn.LayerNorm(width, eps=1e-12)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-        layers = nn.Linear(width, mlp_hidden), nn.GELU(), nn.Linear(mlp_hidden, width)
-        self.mlp = nn.Sequential(*layers)
-
-    def forward(self, x):
-        qkv = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1))  # (B, N, 3, heads, C)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, C)
-        x = x + self.proj(attention(q, k, v).transpose(1, 2).flatten(2))  # (B, N, width)
-        return x + self.mlp(self.norm2(x))  # (B, N, width)
-
-
-DECODERS = {
-    "tiny": dict(width=160,  depth=3,  heads=5,  mlp_hidden=640),
-    "B":    dict(width=768,  depth=12, heads=12, mlp_hidden=3072),
-    "L":    dict(width=1024, depth=24, heads=16, mlp_hidden=4096),
-    "XL":   dict(width=1152, depth=28, heads=16, mlp_hidden=4096),
-}
-
-
-class Decoder(nn.Module):
-    """MAE's ViT decoder: tokens (B,N,D) -> normalised pixels (B,3,h*patch,w*patch)."""
-    def __init__(self, tokens, token_dim, width, depth, heads, mlp_hidden, patch):
-        super().__init__()
-        side = math.isqrt(tokens)
-        if width % heads or width % 4 or side ** 2 != tokens:
-            raise UserError(f"no decoder of width {width}, {heads} heads on {tokens} tokens: the"
-                            " width must be a multiple of heads and of 4, tokens a square")
-        self.patch = patch
-        self.embed = nn.Linear(token_dim, width)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.register_buffer("pos_embed", sincos_2d(side, width), persistent=False)
-        blocks = (DecoderBlock(width, heads, mlp_hidden) for _ in range(depth))
-        self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.LayerNorm(width, eps=1e-12)
-        self.predict = nn.Linear(width, 3 * patch * patch)
-
-    def forward(self, x):
-        x = self.embed(x) + self.pos_embed  # (B, N, width)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)  # [CLS] has no position
-        for block in self.blocks:  # pre-norm, at (B, 1 + N, width)
-            x = block(x)
-        x = self.predict(self.norm(x[:, 1:])).float()  # (B, N, 3 patch patch)
-        return unpatchify(x, self.patch)
-
-
-# The autoencoder
-
-class RAE(nn.Module):
-    """Frozen encoder, latent statistics, decoder. Weights come by load_encoder and load_rae.
-
-    encoder: a name in ENCODERS; decoder: one in DECODERS, or a dict of such sizes; image_size:
-    the side of images, which are decoded at image_size * upsample.
-    """
-    def __init__(self, encoder="dinov2_b", decoder="XL", image_size=256, upsample=1):
-        super().__init__()
-        for what, name, table in (("encoder", encoder, ENCODERS), ("decoder", decoder, DECODERS)):
-            if isinstance(name, str) and name not in table:
-                raise UserError(f"unknown {what} {name!r}; there are {', '.join(table)}")
-        sizes = DECODERS[decoder] if isinstance(decoder, str) else decoder
-
-        # What it is, and the shape of its latents
-        self.name = encoder
-        self.spec = ENCODERS[encoder]
-        self.stride = self.spec.stride
-        if image_size % self.stride:
-            raise UserError(f"image size {image_size} does not fit {encoder}: use a multiple of"
-                            f" {self.stride}")
-        self.image_size = image_size
-        self.upsample = upsample
-        self.config = dict(encoder=encoder, decoder=dict(sizes), image_size=image_size,
-                           upsample=upsample)
-        self.num_tokens = (image_size // self.stride) ** 2  # N
-        self.token_dim = self.spec.dim  # D
-        self.output_size = image_size * upsample  # side of what is decoded
-        self.data = None  # what it was trained on ...
-        self.step = None  # ... and how long; set by load_rae, where they are known
-
-        # Its decoder; the encoder comes later, or never
-        self.encoder = None
-        patch = self.stride * upsample  # pixels of a decoded token
-        self.decoder = Patches(unpatchify, patch)
-        if self.spec.timm:
-            self.decoder = Decoder(self.num_tokens, self.token_dim, patch=patch, **sizes)
-        elif upsample > 1:
-            raise UserError(f"{encoder} decodes its patches as they are: --upsample 1")
-
-        # Statistics of the latents, which stage 1 measures, and of the encoder's pixels
-        self.register_buffer("mean", torch.zeros(self.num_tokens, self.token_dim))
-        self.register_buffer("var", torch.ones(self.num_tokens, self.token_dim))
-        pixel_mean, pixel_std = torch.tensor(self.spec.pixels).view(2, 3, 1, 1)
-        self.register_buffer("pixel_mean", pixel_mean, persistent=False)
-        self.register_buffer("pixel_std", pixel_std, persistent=False)
-
-    def load_encoder(self, weights=None, flag="--encoder-weights PATH"):
-        """Build the encoder from `weights` (see build_encoder); returns this autoencoder."""
-        encoder = build_encoder(self.name, self.image_size, weights, flag)
-        self.encoder = encoder.to(self.mean.device)
-        return self
-
-    @property
-    def std(self):
-        return (self.var + 1e-5).sqrt()  # (N, D)
-
-    @torch.no_grad()
-    def tokens(self, images):
-        """images (B,3,H,W) in [0,1] -> layer-normed patch tokens (B,N,D), always fp32."""
-        if self.encoder is None:
-            raise UserError("this RAE was loaded to decode: load_encoder() builds its encoder")
-        if images.shape[-1] == self.output_size:
-            images = F.avg_pool2d(images, self.upsample)  # --upsample: down to image_size
-        side = self.image_size // self.stride * self.spec.patch  # what the encoder takes
-        if images.shape[-2:] != (side, side):
-            images = F.interpolate(images, (side, side), mode="bicubic")
-        return in_fp32(self.encoder)((images - self.pixel_mean) / self.pixel_std)
-
-    def encode(self, images):
-        """images (B,3,H,W) in [0,1] -> z (B,N,D), standardised by position and channel."""
-        x = self.tokens(images)            # (B, N, D)
-        return (x - self.mean) / self.std  # z: (B, N, D)
-
-    def decode(self, z, decoder=None):
-        """z (B,N,D) -> images (B,3,H',W'), not clamped to [0,1]; decoder: EMA's or DDP's."""
-        x = z * self.std + self.mean                 # (B, N, D)
-        x = (decoder or self.decoder)(x)             # (B, 3, H', W')
-        return x * self.pixel_std + self.pixel_mean  # (B, 3, H', W')
-
-
-# Files: ours, and the hub's
-
-def fetch(repo, file, flag):
-    """A hub file's local path, through the hub's cache; flag: what takes it instead."""
-    import huggingface_hub
-    huggingface_hub.utils.logging.set_verbosity_error()  # one sentence, not every retry
+def compile_blocks(blocks, device):
+    """torch.compile of each block, after a try that tells whether this machine can do it."""
     try:
-        return Path(huggingface_hub.hf_hub_download(repo, file))
-    except OSError as error:
-        raise UserError(f"cannot fetch {file} of {repo} from the Hugging Face hub"
-                        f" ({type(error).__name__}); without a network, bring that file and name"
-                        f" it with {flag}") from None
+        torch.compile(torch.relu)(torch.ones(8, device=device))
+    except Exception as error:
+        raise UserError(f"--compile does not work here, {str(error).strip().splitlines()[0]:.120}:"
+                        " it needs a C++ compiler, on GPUs Triton") from None
+    for block in blocks:
+        block.compile()
 
 
-def read_weights(path):
-    """What a .safetensors or torch file holds; no code in it is run. torch's are mapped, not read:
-    eight ranks share one copy, and sampling reads a quarter of it, the averaged weights."""
+def ddp_in_fixed_order(module, autocast, *inputs):
+    """DistributedDataParallel around a module, whose buffers are equal on all ranks by themselves.
+
+    DDP orders its buckets by the first backward pass that it sees, and the order decides how the
+    ranks' gradients are summed up. That pass is here, on `inputs`: so a resumed run sums as one
+    that never stopped. Call it on all ranks.
+    """
+    ddp = DistributedDataParallel(module, gradient_as_bucket_view=True)
+    ddp.broadcast_buffers = False  # DDP sent them above; not in every step
+    with autocast():
+        out = ddp(*inputs)
+    out.sum().backward()
+    ddp.zero_grad(set_to_none=True)
+    return ddp
+
+
+def apply_gradients(optimizer, lr, clip=0.0):
+    """One optimiser step, the gradients' norm clipped to `clip` (0: no clipping). Skipped, on the
+    device, without a sync, if a gradient is not finite; returns whether (a tensor, 1 or 0)."""
+    group = optimizer.param_groups[0]  # there is only one
+    group["lr"] = lr                   # a schedule is a function of the step
+    norm = nn.utils.get_total_norm([p.grad for p in group["params"] if p.grad is not None])
+    if clip:
+        nn.utils.clip_grads_with_norm_(group["params"], clip, norm)
+    optimizer.found_inf = (~norm.isfinite()).float()
+    optimizer.step()  # nothing, if found_inf
+    optimizer.zero_grad(set_to_none=True)
+    return optimizer.found_inf
+
+
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SLURM, Ctrl-C, a closed terminal
+
+
+def stop_signal():
+    """A flag (a CPU tensor) that STOPS raise, so that the run saves and ends. The second signal
+    of a kind ends a lone process at once; torchrun, which repeats signals, kills after 30 s."""
+    flag = torch.zeros(())
+
+    def stop(number, _):
+        flag.fill_(1)
+        if not from_torchrun("RANK"):
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in STOPS:
+        signal.signal(number, stop)
+    return flag
+
+
+def any_rank(flag):
+    """Whether the flag is up on any rank, so that all stop after the same step. Call it on all."""
+    flag = flag.clone()  # on the host: no device sync
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def training_cost(build, *inputs):
+    """(parameters, FLOPs of the forward pass, bytes kept for the backward pass) of the model of
+    `build` in bf16 on a GPU. Counted on fake tensors: nothing is computed, no GPU is needed."""
+    kept = {}
+
+    def keep(x):
+        if not isinstance(x, nn.Parameter):
+            storage = x.untyped_storage()
+            kept[storage._cdata] = storage.nbytes()
+        return x
+
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+        model = build()
+        fake = [torch.empty_like(x, device="cuda") if torch.is_tensor(x) else x for x in inputs]
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        torch.set_autocast_enabled("cuda", True)  # torch.autocast asks for a GPU
+        try:
+            with FlopCounterMode(display=False) as counter, hooks:
+                model(*fake)
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    return size, counter.get_total_flops(), sum(kept.values())
+
+
+def say_cost(what, build, *inputs):
+    """Tell what training costs, before its first step; returns the forward FLOPs of an image."""
+    size, flops, kept = training_cost(build, *inputs)
+    images = len(inputs[0])
+    say(f"{what} of {size / 1e6:.1f} M parameters, {flops / images / 1e9:.3g} GFLOPs an image; in"
+        f" training about {size * 20 / 2 ** 30:.2g} GiB of weights, gradients, AdamW's moments and"
+        f" average, and {kept / 2 ** 30:.2g} GiB for the backward pass of {images} images (bf16,"
+        " without --compile)")
+    return flops / images
+
+
+def remember(history, **values):
+    """Append tensors to the lists of `history`, on their device."""
+    for name, value in values.items():
+        history[name].append(value.detach())
+
+
+def mean_over_ranks(history, run, step):
+    """{name: mean} of what was remembered since the last call, over steps and ranks; `skipped`: how
+    many steps. The one device sync. Call it on all ranks. Errors: ten skipped steps in a row."""
+    in_a_row, = history.pop("in a row", [0])
+    for flag in history["skipped"]:
+        in_a_row = (in_a_row + 1) * flag
+    table = torch.stack([*(torch.stack(values).mean() for values in history.values()), in_a_row])
+    dist.all_reduce(table)
+    *means, lost = (table / dist.get_world_size()).tolist()
+    means = dict(zip(history, means))
+    means["skipped"] = round(means["skipped"] * len(history["skipped"]))
+    # Skipping helps against one bad batch, not against weights that have gone astray
+    if lost >= 10:
+        raise UserError(f"step {step}: the last {lost:.0f} had non-finite gradients and were skipped"
+                        f" ({means}); the checkpoint in {run} is the last good state: resume with"
+                        " a lower --lr, or with --dtype fp32")
+    history.clear()
+    history["in a row"] = [in_a_row]
+    return means
+
+
+def wait_for(device):
+    """The time, once the device has done what it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.time()
+
+
+# Runs and their files
+
+def at_least(low, kind=int, most=math.inf):
+    """An argparse type: a finite number from `low` to `most`."""
+    def number(text):
+        value = kind(text)
+        if not low <= value <= most or math.isinf(value):  # no comparison is true of nan
+            bounds = f"at least {low}" + (f" and at most {most}" if most < math.inf else "")
+            raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {bounds}")
+        return value
+    return number
+
+
+class Output:
+    """sys.stdout or sys.stderr, which drops what it cannot write or encode: no message may end
+    the work. (Ctrl-C ends `| tee log` as well; the name of a file may be any bytes.)"""
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with suppress(OSError, ValueError):
+            self.stream.write(text)
+
+    def flush(self):
+        with suppress(OSError, ValueError):
+            self.stream.flush()
+
+
+def say(*words):
+    """print, on rank 0."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(*words, flush=True)
+
+
+def record(run, **values):
+    """One line to RUN/log.jsonl and to the terminal, on rank 0."""
+    if dist.get_rank():
+        return
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            values[key] = None  # JSON has no nan
+    with open(Path(run, "log.jsonl"), "a") as file:
+        file.write(json.dumps(values) + "\n")
+    if "eta" in values:
+        values["eta"] = timedelta(seconds=round(values["eta"]))
+    say("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                  for key, value in values.items() if value is not None))
+
+
+def lock_run(run):
+    """Make the run's folder, and keep other processes from training there until this one ends."""
+    if dist.get_rank():
+        return
+    Path(run).mkdir(parents=True, exist_ok=True)
+    lock_run.file = open(Path(run, ".lock"), "w")  # held open: closed, it would be free
     try:
-        if Path(path).suffix == ".safetensors":
-            from safetensors.torch import load_file
-            return load_file(path)
-        mapped = zipfile.is_zipfile(path)  # not before torch 1.6
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        if not isinstance(state, dict):
-            raise pickle.UnpicklingError(f"it holds a {type(state).__name__}")
-        return state
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{path}: no such file") from None
-    except Exception as error:  # torch and safetensors have many kinds
-        what = "is cut short or damaged, copy or download it again"
-        if isinstance(error, (pickle.UnpicklingError, KeyError, AttributeError, ValueError)):
-            what = "is no checkpoint that can be read without running code from it"
-        said = f"{path} {what} ({type(error).__name__}: {str(error):.80})"
-        raise UserError(said.splitlines()[0]) from None
+        fcntl.lockf(lock_run.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process is training in {run}: wait for it, or name another"
+                        " --run") from None
+    except OSError:  # a file system without locks
+        say(f"WARNING: files cannot be locked in {run}: run one command there at a time")
 
 
-def unwrap(state):
-    """The state dict in a published file: bare, or wrapped in `ema` or `model`."""
-    return state.get("ema") or state.get("model") or state
+def refuse_changes(what, then, now, advice):
+    """End the run where settings that were recorded in a file, `then`, are not those of `now`; what
+    was not recorded is not compared."""
+    changed = [f"{key} was {then[key]}, is {value}" for key, value in now.items()
+               if key in then and then[key] != value]
+    if changed:
+        raise UserError(f"{what} ({'; '.join(changed):.400}): {advice}")
 
 
-def load_strict(module, state, what):
-    """load_state_dict, with one sentence that names what is missing, foreign or misshapen."""
-    own = {key: value.shape for key, value in module.state_dict().items()}
-    shape = {key: getattr(value, "shape", None) for key, value in state.items()}
-    wrong = {"missing": own.keys() - shape.keys(),
-             "foreign": shape.keys() - own.keys(),
-             "misshapen": {key for key in own.keys() & shape.keys() if own[key] != shape[key]}}
-    said = []
-    for kind, keys in wrong.items():
-        if keys:
-            dots = ", ..." if len(keys) > 4 else ""
-            said.append(f"{len(keys)} {kind} ({', '.join(sorted(keys)[:4])}{dots})")
-    if said:
-        raise UserError(f"{what}: weights of another model: {'; '.join(said)}")
-    module.load_state_dict(state)
+def resume(path, fixed):
+    """(checkpoint, step) of an earlier start, or (None, 0); fixed: settings that must be as then.
+    Call it on all ranks. Errors: ranks that see different files; other settings."""
+    # A folder that machines do not share would let them train apart, or hang at an all-reduce
+    saved = read_weights(path) if path.exists() else None
+    step = saved.get("step", 0) if saved else 0
+    steps = [None] * dist.get_world_size()
+    dist.all_gather_object(steps, step)
+    if len({*steps}) > 1:
+        raise UserError(f"ranks find {path} at different steps, {min(steps)} to {max(steps)}: the"
+                        " run's folder must be on a file system that all machines share")
+    if saved and "fixed" not in saved:
+        raise UserError(f"{path} is packed for use and cannot be resumed: name another --run")
+    if saved:
+        then = dict.fromkeys(fixed) | saved["fixed"]  # what an older run does not name was None
+        refuse_changes(f"{path} belongs to other settings", then, fixed,
+                       "give them again, or another --run")
+
+    # Steps after the checkpoint will be run, and logged, again
+    log = path.parent / "log.jsonl"
+    if dist.get_rank() == 0 and log.exists():
+        kept = []
+        for line in log.read_text().splitlines():
+            entry = json.loads(line) if line.endswith("}") else None  # the last may be cut short
+            if entry and (entry["stage"] != fixed["stage"] or entry["step"] <= step):
+                kept.append(f"{line}\n")
+        Path(f"{log}.tmp").write_text("".join(kept))
+        os.replace(f"{log}.tmp", log)
+    return saved, step
 
 
-def newest(name):
-    """The newest out/*/name, else the bundled demo's."""
-    demo = ROOT / "assets/demo" / name
-    return max(Path("out").glob(f"*/{name}"), key=os.path.getmtime, default=demo)
-
-
-def locate(path_or_name, file):
-    """Where a run's `file` (rae.pt, dit.pt) is. A run may be named as release:NAME, converted to
-    our format on first use, as its folder, or as the file itself."""
-    if str(path_or_name).startswith("release:"):
-        from assets.release import release
-        found = release(str(path_or_name).removeprefix("release:")) / file
-        if not found.is_file():
-            raise UserError(f"{path_or_name} has no {file}: see python assets/release.py")
-        return found
-    path = Path(path_or_name)
-    return path / file if path.is_dir() else path
-
-
-def load_rae(path_or_name, device="cpu", decode_only=False):
-    """An RAE for use (EMA decoder, eval mode): from a rae.pt, its run's folder or release:NAME.
-    decode_only: without its encoder, for sampling."""
-    path = locate(path_or_name, "rae.pt")
-    saved = read_weights(path)
-    if not {"config", "mean", "var", "ema"} <= saved.keys():
-        raise UserError(f"{path} is no rae.pt, as train_decoder.py writes it (a dit.pt? a released"
-                        " file? `release:NAME` reads those)")
-
-    # First its shape, then what it has learned
-    rae = RAE(**saved["config"])
-    averaged = {key: value.float() for key, value in saved["ema"].items()}
-    load_strict(rae.decoder, averaged, str(path))
-    rae.mean.copy_(saved["mean"])  # (N, D)
-    rae.var.copy_(saved["var"])    # (N, D)
-    rae.data = saved.get("data")
-    rae.step = saved.get("step")
-    if not decode_only:
-        rae.load_encoder(saved["encoder"], "`python assets/release.py NAME --from DIR`")
-    return rae.eval().requires_grad_(False).to(device)
-
-
-def default_data(rae):
-    """What an autoencoder was trained on, or what its recipe takes."""
-    return rae.data or ("shapes" if rae.name.startswith("tiny") else "data/imagenet")
+def restore(parts, saved):
+    """What was saved, back into {name: module or optimiser}; a name that is not there stays new."""
+    for name, part in parts.items():
+        if saved.get(name):
+            part.load_state_dict(saved[name])
+        # An optimiser may keep the file's own tensors, and so the replaced file on the disk
+        for state in part.state.values() if isinstance(part, torch.optim.Optimizer) else ():
+            state.update({key: value.clone() for key, value in state.items()})
 
 
 def save_checkpoint(path, **state):
-    """Write plain types through a temporary file: if this is killed, the old one stays."""
+    """Write plain types to a temporary file and rename it: if this is killed, the old one stays.
+    Errors: no room, no such place."""
     path = Path(path)
     temporary = Path(f"{path}.tmp")
     versions = dict(torch=str(torch.__version__), timm=timm.__version__)
-    with writing(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                torch.save(dict(state, versions=versions), file)
-                file.flush()             # from Python to the kernel ...
-                os.fsync(file.fileno())  # ... and to the disk, before the old one goes
-            os.replace(temporary, path)  # at once, or not at all
-        finally:
-            temporary.unlink(missing_ok=True)  # there only if something failed
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save(dict(state, versions=versions), file)
+            file.flush()             # from Python to the kernel ...
+            os.fsync(file.fileno())  # ... and to the disk, before the old one goes
+        os.replace(temporary, path)  # at once, or not at all
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path} could not be written ({error}): make room, or name another place,"
+                        " and start the same command again") from None
+    finally:
+        if temporary.is_file():  # only if something failed
+            temporary.unlink()
+
+
+def absolute_path(data):
+    """A data set's name that holds in every working directory."""
+    return data if data == "shapes" else str(Path(data).resolve())
+
+
+def save_picture(images, path, nrow):
+    """Images (B,3,H,W) around [0,1] as a grid of `nrow` columns; small ones are enlarged."""
+    zoom = max(1, 96 // images.shape[-1])  # whole pixels: nothing is smoothed
+    images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    save_image(images.clamp(0, 1), path, nrow=nrow)
 
 
 # Processes
 
+def from_torchrun(name, default=None):
+    """One of torchrun's variables. Without torchrun, others of these names count for nothing."""
+    return os.environ[name] if "TORCHELASTIC_RUN_ID" in os.environ else default
+
+
 def start():
     """Join torchrun's process group, or make one for itself: (device, rank, world size)."""
-    # A GPU for each process, where there are any
+    sys.stdout = Output(sys.stdout)
+    sys.stderr = Output(sys.stderr)
+    sys.excepthook = one_sentence
     torch.set_float32_matmul_precision("high")  # TF32 where there is such a thing
     device = torch.device("cpu")
     options = {}
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if torch.cuda.is_available():  # a GPU for each process
+        device = torch.device("cuda", int(from_torchrun("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         options["device_id"] = device
 
     # One way for one process and many: no loop asks whether it is alone
     if not dist.is_initialized():
-        if "RANK" not in os.environ:
+        if not from_torchrun("RANK"):
             options |= dict(store=dist.HashStore(), rank=0, world_size=1)  # no network
         # While rank 0 saves, the others wait: longer than NCCL's ten minutes, if it must be
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -726,12 +1250,19 @@ def start():
     return device, dist.get_rank(), dist.get_world_size()
 
 
-def leave():
-    """End the process group after all that refers to it, at exit, however a script ended.
+def one_sentence(kind, error, trace):
+    """An error of the file system names its file: no traceback is needed."""
+    if issubclass(kind, OSError) and error.filename:
+        print(f"{kind.__name__}: {error}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
-    What ends gloo's threads must not hold the interpreter's lock, for which a thread may wait: the
-    finished run would hang for ever. A DDP wrapper that dies last holds it, in torch 2.6 the group
-    as well. The Python object of the group's backend releases it: so that has to be the last.
+
+def leave():
+    """End the process group at exit, after everything that refers to it is gone.
+
+    torch 2.6 can deadlock where DDP, or the group, frees gloo's threads while it holds Python's
+    lock. The backend's own object frees them without the lock: so that goes last.
     """
     for name in ("last_exc", "last_value", "last_traceback"):  # an error's frames hold DDP
         vars(sys).pop(name, None)
@@ -743,10 +1274,9 @@ def leave():
         backends.clear()
 
 
-def enlarged(images):
-    """Images (B,3,h,w) of few pixels, each pixel a square that a person sees."""
-    zoom = max(1, 96 // images.shape[-1])  # whole pixels: nothing is smoothed
-    return images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+def command(script, *flags):
+    """A command line to be shown, in which blanks are quoted."""
+    return shlex.join(["python", script, *map(str, flags)])
 
 
 def main():
@@ -756,9 +1286,8 @@ def main():
     add("--run", help="run folder, rae.pt or release:NAME (default: newest in out/, else the demo)")
     add("--out", default="reconstruction.png", help="the picture (default: %(default)s)")
     args = parser.parse_args()
-    args.run = args.run or newest("rae.pt")
-    check_picture(args.out)
-    rae = load_rae(args.run, "cuda" if torch.cuda.is_available() else "cpu")
+    run = args.run or newest_run("rae.pt")
+    rae = load_rae(run, "cuda" if torch.cuda.is_available() else "cpu")
 
     # Photographs, cropped as ImageNet's
     side = rae.output_size
@@ -766,7 +1295,7 @@ def main():
     for path in args.images:
         try:
             image = read_image(path)
-        except BROKEN as error:
+        except Exception as error:
             raise UserError(f"cannot read {path}: {error}") from None
         if min(image.size) < side:
             print(f"WARNING: {path}: {image.width} x {image.height} pixels, enlarged to {side}")
@@ -776,15 +1305,13 @@ def main():
     # There and back
     with torch.no_grad():
         copies = rae.decode(rae.encode(images)).clamp(0, 1)  # (B, 3, H, W)
-    psnr = -10 * (images - copies).square().mean((1, 2, 3)).log10().mean()
-    with writing(args.out):
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        save_image(enlarged(torch.cat([images, copies])), args.out, nrow=len(images))
+    save_picture(torch.cat([images, copies]), args.out, nrow=len(images))
     trained = f", trained for {rae.step} steps" if rae.step else ""
-    features = " --features tiny" if default_data(rae) == "shapes" else ""
-    print(f"wrote {args.out}: originals above reconstructions by {args.run}{trained}, mean PSNR"
-          f" {psnr:.2f} dB over {len(images)} images."
-          f" Next: python fid.py --rae {args.run} --data {default_data(rae)}{features}")
+    data = default_data(rae)
+    features = ("--features", "tiny") if data == "shapes" else ()
+    print(f"wrote {args.out}: originals above reconstructions by {run}{trained}, mean PSNR"
+          f" {psnr(images, copies).mean():.2f} dB over {len(images)} images."
+          f" Next: {command('fid.py', '--rae', run, '--data', data, *features)}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 """Sampling: integrate a DiT's velocity from noise (t = 1) to latents (t = 0), and decode them.
 
-    z <- z - (t - t') v(z, t),   v = v_other + scale (v - v_other) under guidance
+    z <- z - (t - t') v(z, t),   v = v_weaker + scale (v - v_weaker) under guidance
 
     python sample.py                                     # out/'s newest run, or the bundled demo
     python sample.py --classes star heart --scale 1.5    # two classes, classifier-free guidance
-    python sample.py --best-of 4                         # decodes the best of 4 latents
     torchrun --nproc_per_node=8 -- sample.py --run release:imagenet256 --npz samples.npz
 
 An image is a function of (seed, its index, the model), whatever the batch or the number of ranks.
@@ -12,94 +11,78 @@ B images, N tokens, D channels of a token, y labels. Source: arXiv 2510.11690, s
 """
 import argparse
 import os
-import signal
-import sys
 import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torchvision.utils import save_image
 from tqdm import tqdm
 
-from fid import fit_probe, per_image
-from rae import (UserError, at_least, check_picture, default_data, enlarged, in_fp32, load_rae,
-                 locate, mix, newest, normals, open_data, start, writing)
-from train_dit import DiT, conditional, euler, load_dit, sample_times
+from rae import (UserError, at_least, command, default_data, load_rae, locate, mix, newest_run,
+                 normals, refuse_changes, save_picture, say, start)
+from train_dit import conditional, euler, load_dit, sample_times
 
 
-# Guidance
+# Guidance: each function gives v, and a weaker v away from which v is extended
+
+def classifier_free(model, y, z, t):
+    """The weaker one has no label; one pass, a batch of 2B."""
+    null = torch.full_like(y, model.num_classes)
+    return conditional(model, torch.cat([y, null]))(z.repeat(2, 1, 1), t).chunk(2)
+
+
+def autoguidance(model, weak, y, z, t):
+    """The weaker one is that of a smaller or earlier model (Karras 2024)."""
+    return conditional(model, y)(z, t), conditional(weak, y)(z, t)
+
+
+def self_guidance(model, y, z, t):
+    """RAEv2: the weaker one comes from the model's own base head, in the same pass."""
+    return conditional(model, y, True)(z, t)
+
 
 def guided(model, y, scale=1.0, weak=None, interval=(0, 1)):
-    """velocity(z, t) for the labels y (B,): plain (scale 1), or guided.
+    """velocity(z, t) for the labels y (B,): v_weaker + scale (v - v_weaker) at times t in
+    `interval`, ends included; v elsewhere, and where scale is 1.
 
-    v_other + scale (v - v_other), v_other from the null label (classifier-free), from `weak`, or,
-    weak "self", from the model's own base head, in the same pass; outside `interval`: v. What the
-    other is worse at, the sum overdoes in the better direction (AutoGuidance, Karras 2024).
+    weak: None for classifier-free guidance, a model on z's device, or "self" for the base head.
     """
-    plain = conditional(model, y)
-
-    # v and the other's: of the base head, of a weaker model, or of the model without a label
-    if weak == "self":
-        check_base_head(model)
-        pair = conditional(model, y, True)  # one pass
-    elif weak is not None:
-        other = conditional(weak, y)
-        def pair(z, t):
-            return plain(z, t), other(z, t)
-    else:
-        null = torch.full_like(y, model.num_classes)
-        both = conditional(model, torch.cat([y, null]))
-        def pair(z, t):
-            return both(z.repeat(2, 1, 1), t).chunk(2)  # one pass, a batch of 2B
-
-    def velocity(z, t):
-        # The other is not asked where it would change nothing
-        if scale == 1 or not interval[0] <= float(t) <= interval[1]:
-            return plain(z, t)
-        v, v_other = pair(z, t)
-        return torch.lerp(v_other, v, scale)
-    return velocity
-
-
-def check_base_head(model):
-    """Refuse what cannot guide itself."""
-    if not getattr(model, "base_head", 0):
+    if weak == "self" and not getattr(model, "base_head", 0):
         raise UserError("this model has no base head that could guide it: train one with"
                         " train_dit.py --base-head, or name another --guide")
 
+    def velocity(z, t):
+        if scale == 1 or not interval[0] <= float(t) <= interval[1]:
+            return conditional(model, y)(z, t)  # the weaker one would change nothing
+        if weak is None:
+            v, v_weaker = classifier_free(model, y, z, t)
+        elif weak == "self":
+            v, v_weaker = self_guidance(model, y, z, t)
+        else:
+            v, v_weaker = autoguidance(model, weak, y, z, t)
+        return torch.lerp(v_weaker, v, scale)
+    return velocity
+
 
 @torch.no_grad()
-def generate(model, rae, labels, keys, alpha, steps=50, scale=1.0, weak=None, interval=(0, 1),
-             probe=None, best_of=1):
-    """labels (B,), keys (B,) -> images (B,3,H,W) in [0,1].
-
-    best_of: so many latents for each image, of which the one is decoded that `probe`, mean tokens
-    (M,D) -> logits (M,C), finds likeliest of its label: latents represent (arXiv 2601.16208).
-    """
-    # Noise belongs to an image: drawn from its key, on the CPU for every device
-    device = rae.mean.device
-    if best_of > 1:  # each image's first: what best_of = 1 draws
-        keys = torch.stack([keys] + [mix(keys, j) for j in range(1, best_of)], 1).flatten()
-        labels = labels.repeat_interleave(best_of)  # (B best_of,)
-    labels = labels.to(device)                      # (B best_of,)
+def latents(model, rae, y, keys, alpha, steps=50, scale=1.0, weak=None, interval=(0, 1)):
+    """labels y (B,), keys (B,) -> z (B,N,D). Noise is drawn from an image's key, on the CPU for
+    every device."""
     noise = normals(keys, rae.num_tokens * rae.token_dim, torch.device("cpu"))
-    noise = noise.view(-1, rae.num_tokens, rae.token_dim).to(device)
-    z = euler(guided(model, labels, scale, weak, interval), noise, sample_times(steps, alpha))
-
-    # The probe was fitted to mean tokens of real images; generated latents are tokens already
-    if best_of > 1:
-        means = (z * rae.std + rae.mean).mean(1)  # (B best_of, D)
-        fits = in_fp32(probe)(means).double().log_softmax(1)  # in bf16 all would tie
-        fits = fits.gather(1, labels[:, None]).view(-1, best_of)  # (B, best_of)
-        z = z.unflatten(0, (-1, best_of))  # (B, best_of, N, D)
-        z = z[torch.arange(len(z), device=device), fits.argmax(1)]
-    return rae.decode(z).float().clamp(0, 1)  # (B, 3, H, W)
+    noise = noise.view(-1, rae.num_tokens, rae.token_dim).to(rae.mean.device)
+    velocity = guided(model, y.to(rae.mean.device), scale, weak, interval)
+    return euler(velocity, noise, sample_times(steps, alpha))
 
 
-# Which classes
+@torch.no_grad()
+def generate(model, rae, y, keys, alpha, *options, **more):
+    """labels y (B,), keys (B,) -> images (B,3,H,W) in [0,1]; options: those of `latents`."""
+    z = latents(model, rae, y, keys, alpha, *options, **more)
+    return rae.decode(z).float().clamp(0, 1)
+
+
+# Labels
 
 def balanced_label(seed, index, num_classes):
     """Labels (B,) of image indices (B,): each block of num_classes indices is a shuffle of all
@@ -114,15 +97,13 @@ def balanced_label(seed, index, num_classes):
 
 def pick_classes(names, classes):
     """Class names or indices -> indices; `none`: the null class; None: ten of all."""
-    if names == ["none"]:
-        return [len(classes)]
-
-    # What a user may call a class
-    known = {str(i): i for i in range(len(classes))}           # by index ...
-    known |= {str(name): i for i, name in enumerate(classes)}  # ... or by name, which wins
     if names is None:
         count = min(10, len(classes))
         return [i * len(classes) // count for i in range(count)]
+    if names == ["none"]:
+        return [len(classes)]
+    known = {str(i): i for i in range(len(classes))}           # by index ...
+    known |= {str(name): i for i, name in enumerate(classes)}  # ... or by name, which wins
     unknown = [name for name in names if name not in known]
     if unknown:
         dots = ", ..." if len(classes) > 10 else ""
@@ -131,23 +112,8 @@ def pick_classes(names, classes):
     return [known[name] for name in names]
 
 
-def fit_latent_probe(rae, data, columns, num_classes):
-    """The probe of --best-of: a linear classifier, of 50 images per class and at least 10,000."""
-    # Labels must mean what they mean to the model
-    dataset = open_data(data, rae.image_size)
-    if max(columns) >= num_classes or len(dataset.classes) != num_classes:
-        raise UserError("--best-of needs a class, and an image folder of the model's classes as"
-                        f" --data: {data} has {len(dataset.classes)}")
-
-    # On real images; what it is shown later are generated latents
-    def pooled(images):  # uint8 (b,3,H,W) -> (b,D)
-        return rae.tokens(images.float() / 255).mean(1)
-    count = max(10_000, 50 * num_classes)  # images to fit the probe to
-    return fit_probe(*per_image(dataset, pooled, 64, rae.mean.device, count), num_classes)
-
-
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     add = parser.add_argument
     add("--run", help="run folder, dit.pt or release:NAME (default: newest in out/, else the bundled demo)")
     add("--classes", nargs="+", help="names or indices; `none`: unconditional (default: all, of many ten)")
@@ -156,62 +122,56 @@ def parse_args(argv=None):
     add("--npz", help="instead of a grid, this .npz for fid.py: class-balanced, shuffled, uint8 (N,H,W,3)")
     add("--steps", type=at_least(1), default=50, help="Euler steps = evaluations of the model (default: 50)")
     add("--scale", type=at_least(0, float), help="guidance (default: 1, none; with --guide 1.42, self 1.78)")
-    add("--guide", help="AutoGuidance by this model: run folder, dit.pt, release:NAME; `self`: by the model's"
-        " base head (else classifier-free)")
+    add("--guide", help="AutoGuidance by this run, dit.pt or release:NAME; `self`: by the model's base head;"
+        " `none`: classifier-free (default: the model that comes with the run, else classifier-free)")
     add("--interval", type=at_least(0, float, 1), nargs=2, metavar=("LO", "HI"),
         help="guide at these times alone, of 1 (noise) to 0 (default: 0 1)")
-    add("--best-of", type=at_least(1), default=1, help="latents for each image; a linear probe picks one")
-    add("--data", help="labelled images for that probe (default: the autoencoder's)")
     add("--seed", type=at_least(0, int, 2 ** 62), default=0, help="of noise and labels (default: 0)")
     add("--batch", type=at_least(1), default=80, help="images at a time on each rank; changes no picture")
     args = parser.parse_args(argv)
-
-    # What does not go together
     if args.interval and args.interval[0] > args.interval[1]:
-        low, high = args.interval
-        parser.error(f"--interval {low} {high}: LO comes first, and is not above HI")
-    if args.data and args.best_of == 1:
-        parser.error("--data is what the probe of --best-of is fitted to: give --best-of as well")
+        parser.error("--interval {} {}: LO comes first, and is not above HI".format(*args.interval))
     if args.npz and args.out:
         parser.error("--out and --npz exclude each other: a grid, or an archive")
-    if args.npz and (Path(args.npz).is_dir() or Path(args.npz).suffix != ".npz"):
-        parser.error(f"--npz {args.npz}: give a file that ends in .npz")
-    args.out = args.out or "samples.png"
-    if not args.npz:
-        check_picture(args.out)
+    if args.npz:
+        args.npz = args.npz.removesuffix(".npz") + ".npz"  # as numpy would name it
     return args
 
 
+def recorded(model):
+    """What a dit.pt says of the latents that it makes, and of its classes."""
+    said = dict(tokens=model.config["tokens"], token_dim=model.config["token_dim"],
+                latents=model.latents, classes=model.classes)
+    return {key: value for key, value in said.items() if value is not None}
+
+
 def load(args, device):
-    """(model, autoencoder, guide: None, a model or "self"; scale); refuses what does not fit."""
-    # The model, and what guides it: as given, or as the checkpoint brings along
-    run = str(args.run or newest("dit.pt"))
+    """(model, autoencoder, weak: None, a model or "self"; scale); refuses what does not fit."""
+    # The model and its autoencoder, whose latents it makes
+    run = str(args.run or newest_run("dit.pt"))
     model = load_dit(run, device)
-    guide = args.guide
-    scale = args.scale
-    if guide is None and scale is None:
-        guide = model.guide
-        scale = model.scale
-    if scale is None:
-        scale = {None: 1.0, "self": 1.78}.get(guide, 1.42)  # RAEv2's, the paper's
-    if guide == "self":
-        check_base_head(model)
-    weak = guide  # None or "self"
-    if guide and guide != "self":
-        weak = load_dit(guide, device)
     if not locate(model.rae, "rae.pt").exists():
         raise UserError(f"{run} was trained on {model.rae}, which is not there any more: bring it"
                         " back")
-    rae = load_rae(model.rae, device, decode_only=args.best_of == 1)
+    rae = load_rae(model.rae, device, decode_only=True)
+    decoded = dict(tokens=rae.num_tokens, token_dim=rae.token_dim, latents=rae.latents)
+    refuse_changes(f"{run} makes other latents than {model.rae} decodes", recorded(model), decoded,
+                   "bring back the rae.pt that it was trained on")
 
-    # Do they belong together? An RAE's latents are what its DiT makes
-    made = model.config["tokens"], model.config["token_dim"]
-    if made != (rae.num_tokens, rae.token_dim):
-        raise UserError(f"{run} makes {made[0]} x {made[1]} latents, but {model.rae} decodes"
-                        f" {rae.num_tokens} x {rae.token_dim}")
-    same = ("tokens", "token_dim", "num_classes")
-    if isinstance(weak, DiT) and any(weak.config[key] != model.config[key] for key in same):
-        raise UserError(f"--guide {guide} and {run} differ in tokens, channels or classes")
+    # What guides it, and how far: as given, else as the checkpoint brings along
+    guide = args.guide or model.guide
+    scale = args.scale
+    if scale is None:
+        scale = {None: 1.0, "none": 1.0, "self": 1.78}.get(guide, 1.42)  # RAEv2's, the paper's
+        if model.scale and not args.guide:
+            scale = model.scale
+    if guide == "none" or scale == 1:
+        guide = None
+    weak = guide  # None or "self"
+    if guide and guide != "self":
+        weak = load_dit(guide, device)
+        refuse_changes(f"{run} cannot be guided by {guide}", recorded(model), recorded(weak),
+                       "give a --guide that was trained on the same latents and classes")
 
     # Which guidance this model can have
     unconditional = not model.classes or args.classes == ["none"]
@@ -225,98 +185,75 @@ def load(args, device):
                         " by another model, --guide")
     if scale == 1 and args.interval:
         raise UserError("--interval is about guidance: give --scale or --guide as well")
-    if dist.get_rank() == 0:
-        way = f"guidance {scale:g} by {guide or 'the null class'} in {list(args.interval or (0, 1))}"
-        trained = f" after {model.step} steps" if model.step else ""
-        print(f"{run}{trained}, with {model.rae}: {args.steps} evaluations,"
-              f" {way if scale != 1 else 'no guidance'}, best of {args.best_of}")
+    way = f"guidance {scale:g} by {guide or 'the null class'} in {list(args.interval or (0, 1))}"
+    trained = f" after {model.step} steps" if model.step else ""
+    say(f"{run}{trained}, with {model.rae}: {args.steps} evaluations,"
+        f" {way if scale != 1 else 'no guidance'}")
     return model, rae, weak, scale
 
 
 def main():
     args = parse_args()
     device, rank, world = start()
-
-    # What draws, and which classes
     model, rae, weak, scale = load(args, device)
-    columns = pick_classes(args.classes, model.classes) if model.classes else [model.num_classes]
-    num = args.num or (50_000 if args.npz else 8 * len(columns))  # as FID is published
-    probe = None  # of nothing to choose from
-    if args.best_of > 1:
-        data = args.data or default_data(rae)
-        probe = fit_latent_probe(rae, data, columns, model.num_classes)
 
-    # A label and a key for every index, whoever makes it
+    # A label and a key for every index, whichever rank draws it
+    classes = pick_classes(args.classes, model.classes) if model.classes else [model.num_classes]
+    num = args.num or (50_000 if args.npz else 8 * len(classes))  # as FID is published
     indices = torch.arange(num)
+    labels = torch.tensor(classes)[indices % len(classes)]
     if args.npz and model.classes and not args.classes:
         labels = balanced_label(args.seed, indices, len(model.classes))  # 50 of each, if 50,000
-    else:
-        labels = torch.tensor(columns)[indices % len(columns)]
     keys = mix(args.seed, 0, indices)  # 0: for noise; balanced_label has 1
 
-    # Every rank makes its share of the indices and writes it into one array on disk
-    out = Path(args.npz or args.out)
-    side = rae.output_size  # of a picture
+    # Noise -> latents -> pixels, rounded to 8 bits; every rank draws a stretch of the indices
     begun = time.time()
-    pid = torch.tensor(os.getpid())  # rank 0's: two commands may share --out
+    side = rae.output_size
+    pixels = [torch.zeros(0, side, side, 3, dtype=torch.uint8)]  # a stretch may be empty
+    stretch = indices.tensor_split(world)[rank]
+    for index in tqdm(stretch.split(args.batch), disable=rank > 0, unit="batch"):
+        images = generate(model, rae, labels[index], keys[index], model.alpha, args.steps, scale, weak,
+                          args.interval or (0, 1))              # (b, 3, H, W)
+        images = (images * 255).round().byte().permute(0, 2, 3, 1)  # (b, H, W, 3)
+        pixels.append(images.cpu())
+
+    # Stretches meet on the disk, where rank 0 joins them
+    out = Path(args.npz or args.out or "samples.png")
+    pid = torch.tensor(os.getpid())  # rank 0's: two commands may draw into one file
     dist.broadcast(pid, 0)
-    pixels = Path(f"{out}.{int(pid)}.part.npy")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that `finally` tidies up
+    parts = [Path(f"{out}.{int(pid)}.{r}.part.npy") for r in range(world)]
+    whole = Path(f"{out}.{int(pid)}.part.npz")
+    out.parent.mkdir(parents=True, exist_ok=True)
     try:
+        np.save(parts[rank], torch.cat(pixels).numpy())
+        dist.barrier()
         if rank == 0:
-            with writing(out):
-                out.parent.mkdir(parents=True, exist_ok=True)
-                np.lib.format.open_memmap(pixels, "w+", np.uint8, (num, side, side, 3))
-                if hasattr(os, "posix_fallocate"):  # a full disk is found now, not in a mapped page
-                    with open(pixels, "r+b") as file:
-                        os.posix_fallocate(file.fileno(), 0, pixels.stat().st_size)
-        dist.barrier()  # the file is there
-
-        # Noise -> latents -> pixels, rounded to 8 bits
-        array = np.lib.format.open_memmap(pixels, "r+")
-        mine = indices.tensor_split(world)[rank]  # a stretch, perhaps empty
-        parts = mine.split(max(1, args.batch // args.best_of)) if len(mine) else ()
-        for index in tqdm(parts, disable=rank > 0, unit="batch"):
-            images = generate(model, rae, labels[index], keys[index], model.alpha, args.steps, scale,
-                              weak, args.interval or (0, 1), probe, args.best_of)
-            images = (images * 255).round().byte()  # (b, 3, H, W)
-            array[index.numpy()] = images.permute(0, 2, 3, 1).cpu().numpy()
-        array.flush()  # for rank 0 to read
-        dist.barrier()  # all are there
-        if rank == 0:
-            with writing(out):
-                write(out, array, pixels, labels, len(columns), bool(args.npz))
+            array = np.concatenate([np.load(part) for part in parts])  # (num, H, W, 3)
+            if args.npz:
+                np.savez(whole, arr_0=array, labels=labels.numpy())
+                os.replace(whole, out)  # at once, or not at all
+            else:
+                images = torch.from_numpy(array).permute(0, 3, 1, 2) / 255
+                save_picture(images, out, nrow=len(classes))
+        dist.barrier()
     finally:
-        if rank == 0:
-            pixels.unlink(missing_ok=True)  # also after an error
-    if rank == 0:
-        names = [str(model.classes[i]) if i < len(model.classes) else "no class" for i in columns]
-        what = f"{num} images" if args.npz else f"{num} images, columns {', '.join(names)}"
-        print(f"wrote {out}: {what}, in {time.time() - begun:.1f} s. Next: {next_command(args, rae)}")
+        for path in (parts[rank], whole):
+            path.unlink(missing_ok=True)
+    names = [str(model.classes[i]) if i < len(model.classes) else "no class" for i in classes]
+    what = f"{num} images" if args.npz else f"{num} images, columns {', '.join(names)}"
+    say(f"wrote {out}: {what}, in {time.time() - begun:.1f} s. Next: {next_step(args, rae)}")
 
 
-def write(out, array, pixels, labels, columns, archive):
-    """Images (N,H,W,3) on disk -> an .npz, into which their file goes as it is; or a grid."""
-    if archive:
-        with zipfile.ZipFile(out, "w") as file:
-            file.write(pixels, "arr_0.npy")  # not compressed: fid.py maps it
-            with file.open("labels.npy", "w") as entry:
-                np.lib.format.write_array(entry, labels.numpy())  # for checks of their balance
-    else:
-        images = torch.from_numpy(np.array(array)).permute(0, 3, 1, 2).float() / 255
-        save_image(enlarged(images), out, nrow=columns)
-
-
-def next_command(args, rae):
+def next_step(args, rae):
     """What a person would do now."""
     if args.npz and default_data(rae) == "shapes":
-        return f"python fid.py {args.npz} shapes/val --features tiny"
+        return command("fid.py", args.npz, "shapes/val", "--features", "tiny")
     if args.npz:
-        return f"python fid.py {args.npz} REFERENCE"
+        return command("fid.py", args.npz, "REFERENCE")
     if args.run or list(Path("out").glob("*/dit.pt")):
-        run = f" --run {args.run}" if args.run else ""
-        return f"python sample.py{run} --npz samples.npz --num 1000"
-    return "python train_decoder.py --encoder tiny"
+        run = ("--run", args.run) if args.run else ()
+        return command("sample.py", *run, "--npz", "samples.npz", "--num", "1000")
+    return command("train_decoder.py", "--encoder", "tiny")
 
 
 if __name__ == "__main__":

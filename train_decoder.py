@@ -10,15 +10,10 @@ run's folder gets rae.pt, log.jsonl, samples/*.png (originals, copies, copies of
 x images, xh reconstructions, z latents (B,N,D). Source: arXiv 2510.11690, section 3, appendix.
 """
 import argparse
-import fcntl
-import json
 import math
-import signal
 import time
-from contextlib import contextmanager, nullcontext
-from copy import copy
-from datetime import timedelta
-from functools import lru_cache, partial
+from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,17 +21,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import spectral_norm
-from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
-from torchvision.utils import save_image
 from tqdm import tqdm
 
-from fid import load_lpips, psnr, ssim
-from rae import (DECODERS, ENCODERS, RAE, UserError, at_least, build_encoder, default_data, good,
-                 in_fp32, in_order, load_rae, load_strict, mix, normals, open_data, open_val,
-                 quiet_worker, read_weights, save_checkpoint, start, worker_count, writing)
+from rae import (DECODERS, ENCODERS, RAE, UserError, absolute_path, any_rank, apply_gradients,
+                 at_least, autocast_for, batches, build_encoder, centre_crops, command,
+                 compile_blocks, ddp_in_fixed_order, default_data, in_fp32, in_order, load_lpips,
+                 load_rae, load_strict, lock_run, mean_over_ranks, micro_batch, mix, normals,
+                 open_data, open_val, psnr, record, remember, restore, resume, save_checkpoint,
+                 save_picture, say, say_cost, shuffled, ssim, start, stop_signal, try_to_read, wait_for)
 
 
 # Latent statistics and noise
@@ -54,17 +47,12 @@ def latent_statistics(rae, dataset, batch, device, workers=None):
             both = torch.cat([images, images.flip(-1)])  # stage 2 mirrors at random
             x = rae.tokens(both).double()                # (2 B, N, D)
             sums += torch.stack([x.sum(0), x.square().sum(0)])
-            count += len(images)
+            count += len(images)  # files that can be read
             bar.update(len(images) * world)
 
     # All shares
     dist.all_reduce(sums)
     dist.all_reduce(count)
-    if not count:
-        raise UserError("no image of the data set can be decoded: give other --data")
-    lost = len(dataset) - int(count)  # broken files
-    if lost and rank == 0:
-        print(f"{lost} of {len(dataset)} images cannot be decoded")
     mean, square = sums / (2 * count)  # E x, E x^2
     return mean.float(), (square - mean.square()).clamp(min=0).float()
 
@@ -73,12 +61,12 @@ def noise_augment(z, std, keys, tau, kind="halfnormal"):
     """z (B,N,D) + sigma * eps / std: noise sigma on the layer-normed tokens, one sigma per image,
     |N(0, tau^2)| ("halfnormal", the paper) or tau * U(0,1) ("uniform", the release).
 
-    Why: a DiT never hits a latent exactly; a decoder that has seen clouds of noise forgives it.
+    Why: sampled latents are slightly off. Training on noisy ones makes the decoder robust to that.
     """
     draws = normals(keys, z[0].numel() + 1, z.device)  # (B, N D + 1)
     eps = draws[:, :-1].view_as(z)  # (B, N, D)
-    u = draws[:, -1]  # the image's own
-    sigma = tau * (u.abs() if kind == "halfnormal" else torch.special.ndtr(u))  # (B,)
+    g = draws[:, -1]                # (B,), the image's own
+    sigma = tau * (g.abs() if kind == "halfnormal" else torch.special.ndtr(g))
     return z + sigma[:, None, None] * eps / std
 
 
@@ -138,8 +126,8 @@ class Discriminator(nn.Module):
         super().__init__()
         name = {"dino": "dino_s8", "tiny": "tiny"}[kind]
         spec = ENCODERS[name]
-        self.side = spec.input  # 224, or 32
-        self.vit = build_encoder(name, spec.image, weights, "--disc-weights PATH")
+        self.side = spec.input_side  # 224, or 32
+        self.vit = build_encoder(name, spec.image_side, weights)
         for block in self.vit.blocks:
             block.attn.fused_attn = torch.cuda.is_available()  # slow in bf16 on CPUs
         depth = len(self.vit.blocks)  # 12, or 4
@@ -162,12 +150,13 @@ class Discriminator(nn.Module):
 
 
 def hinge_loss(real, fake):
-    """The discriminator's loss from its logits."""
+    """The discriminator's loss from its logits (B, 5 N) of real and of generated images."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
 def adaptive_weight(reconstruction_gradient, gan_gradient):
-    """lambda = |grad reconstruction| / (|grad GAN| + 1e-6) <= 1e4, of means over ranks."""
+    """lambda = |grad reconstruction| / (|grad GAN| + 1e-6) <= 1e4. Call it on all ranks: it replaces
+    both gradients by their means over ranks."""
     for gradient in (reconstruction_gradient, gan_gradient):
         dist.all_reduce(gradient)  # the same lambda on every rank
         gradient /= dist.get_world_size()
@@ -175,15 +164,15 @@ def adaptive_weight(reconstruction_gradient, gan_gradient):
 
 
 def adversarial_backward(reconstruction, gan, copies, last, gan_weight):
-    """Gradient of reconstruction + w_G lambda GAN, the decoder walked back once; returns lambda.
+    """Gradient of reconstruction + w_G lambda GAN; returns lambda.
 
-    lambda makes both pull equally hard at the decoder's last layer, whose weight is `last`. No
-    constant could: the reconstruction's gradient falls during training and the GAN's does not.
+    lambda makes both gradients equally long at the decoder's last layer, whose weight is `last`.
+    No constant could: the reconstruction's gradient falls during training, the GAN's does not.
     """
     def at_last(gradient):  # (B, 3, H, W) -> last's shape
         return torch.autograd.grad(copies, last, gradient, retain_graph=True)[0]
 
-    # Each loss network is walked back once, to the image; from there on the decoder only.
+    # Backward through each loss network once, to the copies; then once through the decoder
     d_rec, = torch.autograd.grad(reconstruction, copies)  # (B, 3, H, W)
     d_gan, = torch.autograd.grad(gan, copies)
     weight = adaptive_weight(at_last(d_rec), at_last(d_gan))
@@ -191,413 +180,23 @@ def adversarial_backward(reconstruction, gan, copies, last, gan_weight):
     return weight
 
 
-# The two halves of a step: images -> reconstruction -> loss -> gradients of a micro-batch
-
-def decoder_backward(rae, decoder, batch, args, autocast, perceptual=None, disc=None):
-    """Adds the decoder's gradients; returns its losses. batch: images, z, keys; disc: with GAN."""
-    images, z, keys = batch
-
-    # Forward: the decoder sees latents that are somewhat off, and shall draw what they meant
-    with autocast():
-        noisy = noise_augment(z, rae.std, keys, args.tau, args.noise)  # (B, N, D)
-        copies = rae.decode(noisy, decoder)  # (B, 3, H, W)
-        l1 = F.l1_loss(copies, images)  # of images in [0, 1]
-        parts = dict(l1=l1)  # for the log
-        loss = l1
-        if perceptual:
-            parts["lpips"] = perceptual(copies * 2 - 1, images * 2 - 1).mean()
-            loss = loss + args.lpips_weight * parts["lpips"]
-        if disc:  # eval: no power iteration in this half
-            logits = disc.eval()(augment(copies * 2 - 1, mix(keys, 1)))
-            gan = -logits.mean()  # to be taken for real; no hinge: it may always gain
-
-    # Backward: outside autocast, which would round the gradients of what is kept in fp32
-    if disc:
-        last = rae.decoder.predict.weight
-        weight = adversarial_backward(loss / args.accum, gan / args.accum, copies, last,
-                                      args.gan_weight)
-        loss = loss + args.gan_weight * weight * gan
-        parts |= dict(gan=gan, gan_lambda=weight)
-    else:
-        (loss / args.accum).backward()
-    return {name: part.detach() for name, part in dict(loss=loss, **parts).items()}
-
-
-def discriminator_backward(rae, disc, batch, args, autocast):
-    """Adds the discriminator's gradients, of images and new copies; returns its loss."""
-    images, z, keys = batch
-
-    # What it compares: both sides are augmented, each with a draw of its own
-    with autocast(), torch.no_grad():
-        if args.disc_input == "noisy":
-            z = noise_augment(z, rae.std, mix(keys, 4), args.tau, args.noise)
-        copies = rae.decode(z).clamp(0, 1)
-        fakes = (copies * 255).round() / 255  # 8 bits, as real ones: no way to tell them apart
-        real = augment(images * 2 - 1, mix(keys, 2))
-        fake = augment(fakes * 2 - 1, mix(keys, 3))
-
-    # One pass for both, so that they share the power iteration of the spectral norms
-    with autocast():
-        logits = disc.train()(torch.cat([real, fake]))  # (2 B, 5 N)
-        loss = hinge_loss(*logits.chunk(2))
-    (loss / args.accum).backward()  # into the heads: the ViT is frozen
-    return dict(disc=loss.detach())
-
-
-def accumulate(meter, ddp, micros, backward):
-    """Adds the gradients of all micro-batches; `backward` does one, returns its losses."""
-    for i, batch in enumerate(micros):
-        with synced(ddp, i == len(micros) - 1):
-            losses = backward(batch)
-        meter.add(1 / len(micros), **losses)
-
-
-# What every training loop needs: data in order, steps, a log, an end that can be resumed
-
-def shuffled(length, batch, accum=1, seed=0, step=0, rank=0, world=1):
-    """Micro-batches [(index, key)]: the data set in permutations, one per (seed, epoch), of which
-    step s takes the images from s * batch on; key = hash(seed, step, place in the batch)."""
-    @lru_cache(2)  # a batch may reach into the next epoch
-    def permutation(epoch):
-        generator = torch.Generator().manual_seed(int(mix(seed, epoch)))
-        return torch.randperm(length, generator=generator).tolist()
-
-    size = batch // (accum * world)  # of a micro-batch
-    while True:
-        # Other ranks or --accum cut a batch into other pieces: keys go with places in the batch
-        for micro in range(accum):
-            places = torch.arange(size) + (micro * world + rank) * size
-            keys = mix(seed, step, places).tolist()
-            positions = (step * batch + places).tolist()
-            yield [(permutation(position // length)[position % length], key)
-                   for position, key in zip(positions, keys)]
-        step += 1
-
-
-def batches(dataset, order, workers, device):
-    """Endless (images (b,3,H,W) in [0,1], labels (b,)) on the device, keys (b,) on the CPU."""
-    loader = DataLoader(dataset, batch_sampler=order, num_workers=worker_count(dataset, workers),
-                        collate_fn=good, worker_init_fn=quiet_worker,
-                        pin_memory=device.type == "cuda")
-    for images, labels, keys in loader:
-        images = images.to(device, non_blocking=True).float() / 255
-        yield images, labels.to(device, non_blocking=True), keys
-
-
-def flags(description, recipes):
-    """(parser, add): what both trainers take. A flag that a recipe sets has no default of its
-    own; its help tells the recipes' values."""
-    parser = argparse.ArgumentParser(description=description, argument_default=argparse.SUPPRESS)
-
-    def add(name, help, **options):
-        key = name[2:].replace("-", "_")  # as argparse names it
-        default = recipes["paper"].get(key, options.get("default"))
-        said = [] if default is None or default is False else [f"default: {default}"]
-        said += [f"tiny: {recipes['tiny'][key]}"] if key in recipes["tiny"] else []
-        help += f" ({'; '.join(said)})" if said else ""
-        parser.add_argument(name, help=help.replace("%", "%%"), **options)
-
-    # what to train on, and where the run lives
-    add("--run", default=None, help="run folder; started again, the same command resumes")
-    add("--data", default=None, help="image folder, or `shapes`")
-    add("--val", default=None, help="held-out images (default: DATA/val, or held-out shapes)")
-    add("--init", default=None, help="begin with the weights of this run, file or release:NAME")
-    # how long, and how
-    add("--epochs", type=at_least(0, float), help="length of training; an epoch of shapes: 50,000 images")
-    add("--steps", type=at_least(1), default=None, help="stop after so many optimiser steps, schedule kept")
-    add("--batch", type=at_least(1), help="images per optimiser step, over all ranks and accumulation")
-    add("--accum", type=at_least(1), default=1, help="micro-batches per optimiser step")
-    add("--lr", type=at_least(1e-12, float), help="AdamW's learning rate")
-    add("--warmup", type=at_least(0, float), help="epochs of linear warm-up")
-    add("--ema", type=at_least(0, float, 1), help="decay of the weight average")
-    add("--seed", type=at_least(0, int, 2 ** 62), default=0, help="of weights, data order and every draw")
-    # the machine
-    add("--workers", type=at_least(0), default=None, help="loader processes per rank (default: by cores)")
-    add("--dtype", choices=("fp32", "bf16"), default=None, help="autocast (default: bf16 where it is fast)")
-    add("--compile", action="store_true", default=False, help="torch.compile of the blocks")
-    add("--save-every", type=at_least(1), help="steps between checkpoints and pictures")
-    add("--log-every", type=at_least(1), default=50, help="steps between lines of the log")
-    add("--describe", action="store_true", default=False, help="print parameters, FLOPs, memory, and stop")
-    return parser, add
-
-
-def with_recipe(args, recipes, encoder):
-    """What was given, and what the encoder's recipe says of the rest."""
-    recipe = recipes["tiny" if encoder.startswith("tiny") else "paper"]
-    return argparse.Namespace(**{**recipe, **vars(args)})
-
-
-def length_of(args, dataset, world):
-    """(optimiser steps in an epoch, as a fraction; steps in the schedule; steps to run)."""
-    if args.batch % (world * args.accum):
-        raise UserError(f"--batch {args.batch} does not divide over {world} ranks x {args.accum}"
-                        f" --accum: give a multiple of {world * args.accum}")
-    epoch = len(dataset) / args.batch          # optimiser steps, not whole
-    schedule = math.ceil(args.epochs * epoch)  # in stage 1 where the learning rate ends
-
-    # What is allowed, and perhaps not meant
-    if dist.get_rank() == 0:
-        if epoch < 1:
-            print(f"WARNING: --batch {args.batch} is more than the {len(dataset)} images: a step"
-                  " sees some twice")
-        if args.warmup > args.epochs > 0:
-            print(f"WARNING: --warmup {args.warmup} epochs is longer than --epochs {args.epochs}: the"
-                  f" learning rate will not reach {args.lr}")
-        if args.steps and args.steps > schedule:
-            print(f"--steps {args.steps} is beyond the schedule, which ends at step {schedule}:"
-                  " more --epochs make it longer")
-    return epoch, schedule, min(schedule, args.steps or schedule)
-
-
-def claim(run):
-    """Lock the run's folder while this process lives: no work begins where nothing can be written,
-    or where another process trains already. Rank 0 does it."""
-    if dist.get_rank():
-        return
-    with writing(run):
-        Path(run).mkdir(parents=True, exist_ok=True)
-        file = open(Path(run, ".lock"), "w")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends, however
-    except BlockingIOError:
-        raise UserError(f"another process is training in {run}: wait for it, or name another"
-                        " --run") from None
-    except OSError:
-        print(f"WARNING: files cannot be locked in {run}: run one command there at a time")
-    claim.held = file  # an open file; closed, it would be free
-
-
-def resume(path, fixed):
-    """(checkpoint, step) of an earlier start, or (None, 0); fixed: what must be as then."""
-    # A folder that machines do not share would let them train apart, or hang at an all-reduce
-    saved = read_weights(path) if path.exists() else None
-    step = saved.get("step", 0) if saved else 0
-    steps = [None] * dist.get_world_size()
-    dist.all_gather_object(steps, step)
-    if len({*steps}) > 1:
-        raise UserError(f"ranks find {path} at different steps, {min(steps)} to {max(steps)}: the"
-                        " run's folder must be on a file system that all machines share")
-
-    # The same run? A checkpoint packed for use has no optimiser.
-    if saved and "fixed" not in saved:
-        raise UserError(f"{path} is packed for use and cannot be resumed: name another --run")
-    then = fixed
-    if saved:
-        then = dict(predict="v", base_head=0) | saved["fixed"]  # older runs do not name these
-    changed = [f"{key} was {then.get(key)}, is {value}" for key, value in fixed.items()
-               if then.get(key) != value]
-    if changed:
-        raise UserError(f"{path} belongs to other settings ({'; '.join(changed)}):"
-                        " give them again, or another --run")
-
-    # Steps after the checkpoint will be run, and logged, again
-    lines = path.parent / "log.jsonl"
-    if dist.get_rank() == 0 and lines.exists():
-        kept = []
-        for line in lines.read_text().splitlines():
-            entry = json.loads(line) if line.endswith("}") else None  # the last may be cut short
-            if entry and (entry["stage"] != fixed["stage"] or entry["step"] <= step):
-                kept.append(f"{line}\n")
-        lines.write_text("".join(kept))
-    return saved, step
-
-
-def restore(parts, saved):
-    """What was saved, back into its parts; what is not there begins anew (a late GAN)."""
-    # Modules by name and shape; optimisers as torch does it
-    for name, part in parts.items():
-        if isinstance(part, nn.Module) and saved.get(name) is not None:
-            load_strict(part, saved[name], name)
-        elif saved.get(name):
-            part.load_state_dict(saved[name])
-
-
-def stop_signal():
-    """A flag (a CPU tensor) that SIGTERM and Ctrl-C raise."""
-    flag = torch.zeros(())
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: flag.fill_(1))
-    return flag
-
-
-def any_rank(flag):
-    """Whether the flag is up on any rank, so that all stop after the same step."""
-    flag = flag.clone()  # on the host: no device sync
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
-
-
-def apply_gradients(optimizer, lr, clip=0.0):
-    """One optimiser step, the gradients' norm clipped to `clip` (0: no clipping). Skipped, on the
-    device, without a sync, if a gradient is not finite; returns whether (a tensor, 1 or 0)."""
-    group = optimizer.param_groups[0]  # there is only one
-    group["lr"] = lr                   # a schedule is a function of the step
-    norm = nn.utils.get_total_norm([p.grad for p in group["params"] if p.grad is not None])
-    if clip:
-        nn.utils.clip_grads_with_norm_(group["params"], clip, norm)
-    optimizer.found_inf = (~norm.isfinite()).float()
-    optimizer.step()  # nothing, if found_inf
-    optimizer.zero_grad(set_to_none=True)
-    return optimizer.found_inf
-
-
-def synced(ddp, last):
-    """Ranks average gradients once for each optimiser step, in its last micro-batch."""
-    return nullcontext() if last else ddp.no_sync()
-
-
-def distributed(module, autocast, *inputs):
-    """DDP around a module, whose buffers are the same on every rank by themselves.
-
-    DDP orders its buckets by the first backward pass it sees: here, on `inputs`, so that a
-    resumed run adds up its gradients in the same order as one that never stopped.
-    """
-    ddp = DistributedDataParallel(module, gradient_as_bucket_view=True)
-    ddp.broadcast_buffers = False  # DDP sent them above; not in every step
-    with autocast():
-        out = ddp(*inputs)
-    out.sum().backward()
-    ddp.zero_grad(set_to_none=True)
-    return ddp
-
-
-def absolute(data):
-    """A data set's name that holds in every working directory."""
-    return data if data == "shapes" else str(Path(data).resolve())
-
-
-def log(run, **values):
-    """One line to RUN/log.jsonl, and to the terminal; on rank 0."""
-    if dist.get_rank():
-        return
-    for key, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            values[key] = None  # JSON has no nan
-    with writing(Path(run, "log.jsonl")):
-        with open(Path(run, "log.jsonl"), "a") as file:
-            file.write(json.dumps(values) + "\n")
-
-    # For people
-    if "eta" in values:
-        values["eta"] = timedelta(seconds=round(values["eta"]))
-    words = [f"{key} {v:.4g}" if isinstance(v, float) else f"{key} {v}"
-             for key, v in values.items() if v is not None]
-    print("  ".join(words), flush=True)
-
-
-class Meter:
-    """The log's lines: means of named losses since the last one, speed, time left. All is kept on
-    the device, and fetched once for each line."""
-    lost_for_good = 10  # so many steps in a row that were skipped
-
-    def __init__(self, run, stage, step, total, batch, image_flops, device):
-        self.run = run
-        self.stage = stage
-        self.total = total
-        self.batch = batch
-        self.image_flops = image_flops
-        self.in_a_row = torch.zeros((), device=device)  # skipped steps
-        self.begin(step)
-
-    def begin(self, step):
-        self.since = step
-        self.clock = time.time()
-        self.sums = {}
-        self.counts = {}
-
-    def add(self, share=1.0, **values):
-        """share: the part of an optimiser step that these values stand for. A loss that begins
-        later has its mean over fewer steps."""
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + share * value
-            self.counts[name] = self.counts.get(name, 0) + share
-
-    def skipped(self, flag):
-        self.add(skipped=flag)
-        self.in_a_row = (self.in_a_row + 1) * flag
-
-    @contextmanager
-    def paused(self):
-        """Saving and looking do not count as training time."""
-        before = time.time()
-        yield
-        self.clock += time.time() - before
-
-    def line(self, step, lr):
-        # Means over steps and ranks
-        steps = step - self.since           # since the last line
-        seconds = time.time() - self.clock  # without pauses
-        sums = torch.stack([*self.sums.values(), self.in_a_row])
-        dist.all_reduce(sums)
-        *sums, in_a_row = (sums / dist.get_world_size()).tolist()  # the one device sync
-        means = {name: value / self.counts[name] for name, value in zip(self.sums, sums)}
-        skipped = round(means.pop("skipped") * steps)
-
-        # Speed, and what is left
-        rate = steps * self.batch / seconds  # over all ranks
-        log(self.run, stage=self.stage, step=step, total=self.total, **means, lr=lr,
-            images_per_s=rate, tflops=rate * self.image_flops / 1e12, skipped=skipped,
-            eta=(self.total - step) * seconds / steps)
-
-        # Skipping helps against one bad batch, not against weights that have gone astray
-        if in_a_row >= self.lost_for_good:
-            raise UserError(f"step {step}: the last {in_a_row:.0f} had non-finite gradients and were"
-                            f" skipped ({means}); the checkpoint in {self.run} is the last good"
-                            " state: resume with a lower --lr, or with --dtype fp32")
-        self.begin(step)
-
-
-def save_picture(images, path, nrow):
-    """Images (B,3,H,W) around [0,1] as a grid of `nrow` columns."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_image(images.clamp(0, 1), path, nrow=nrow)
-
-
-def arithmetic(dtype, device):
-    """(dtype, by default bf16 where hardware has it; what makes its autocast contexts)."""
-    if dtype is None:
-        if device.type == "cuda":
-            has = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            has = torch.cpu.get_capabilities().get("avx512_bf16")
-        dtype = "bf16" if has else "fp32"
-    return dtype, partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == "bf16")
-
-
-def count_flops(module, *inputs):
-    """Forward FLOPs, a multiply-add being two: (all, those without attention's products)."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(*inputs)
-    ops = counter.get_flop_counts().get("Global", {})
-    attention = [n for op, n in ops.items() if "bmm" in str(op) or "attention" in str(op)]
-    full = sum(ops.values())
-    return full, full - sum(attention)  # the second is how the paper counts
-
-
-def image_flops(rae, build, *inputs):
-    """FLOPs of one image in training: the encoder forward; the model of `build` forward and, twice
-    that, backward. On the meta device, as `inputs` are: nothing is computed, all counted."""
-    with torch.device("meta"):
-        encoder = RAE(**rae.config).load_encoder("random").tokens
-        encoding, _ = count_flops(encoder, torch.empty(1, 3, rae.image_size, rae.image_size))
-        forward, _ = count_flops(build(), *inputs)
-    return encoding + 3 * forward
-
-
-def describe(what, module, *inputs):
-    """Print a meta module's parameters, compute, memory; inputs: one image's."""
-    if dist.get_rank():
-        return
-    # Trained parameters, in fp32, and what is computed beforehand (positions, frequencies)
-    size = sum(p.numel() for p in module.parameters())
-    fixed = sum(value.numel() for value in module.state_dict().values()) - size
-    full, linear = count_flops(module, *inputs)
-    print(f"{what}: {(size + fixed) / 1e6:.4g} M parameters, {fixed / 1e6:.2g} M of them fixed\n"
-          f"{linear / 2e9:.4g} G multiply-adds per image without attention products (the paper's"
-          f" count), {full / 2e9:.4g} G with them = {full / 1e9:.4g} GFLOPs\n"
-          f"{size * 20 / 2**30:.3g} GiB in training: weights, gradients, two moments of AdamW, EMA,"
-          f" {size * 4 / 2**30:.3g} GiB each; activations come on top")
+def reconstruction_losses(copies, images, perceptual, lpips_weight):
+    """{loss: L1 + w_L LPIPS, l1, lpips}; L1 on [0,1], LPIPS (None: without) on [-1,1]."""
+    l1 = F.l1_loss(copies, images)
+    if not perceptual:
+        return dict(loss=l1, l1=l1)
+    lpips = perceptual(copies * 2 - 1, images * 2 - 1).mean()
+    return dict(loss=l1 + lpips_weight * lpips, l1=l1, lpips=lpips)
+
+
+@torch.no_grad()
+def real_and_fake(rae, images, z, keys):
+    """What the discriminator compares, (2B,3,H,W) in [-1,1]: images, and copies of their latents by
+    the decoder as it is now, rounded to 8 bits as images are; each is augmented by its own draw."""
+    copies = (rae.decode(z).clamp(0, 1) * 255).round() / 255
+    real = augment(images * 2 - 1, mix(keys, 2))
+    fake = augment(copies * 2 - 1, mix(keys, 3))
+    return torch.cat([real, fake])
 
 
 # Evaluation
@@ -605,15 +204,15 @@ def describe(what, module, *inputs):
 NOISES = (0, 0.1, 0.2, 0.4)  # on z (tau is on tokens); 0: exact z
 
 @torch.no_grad()
-def evaluate(rae, decoder, dataset, perceptual, device, workers=None, batch=64, most=2048):
-    """PSNR, SSIM and LPIPS (None without its network) of reconstructions from z, and from z +
-    sigma noise, such as a sampler leaves ("psnr@0.2"), over at most `most` held-out images."""
+def evaluate_decoder(rae, decoder, dataset, perceptual, device, workers=None, batch=64, most=2048):
+    """{n: images, psnr, ssim, lpips (None without its network), psnr@0.1: from z + .1 noise, such
+    as a sampler leaves, ...}, means over `most` held-out images. Call it on all ranks."""
     # Every rank its share of images, each with the same noise at any number of ranks
     sums = torch.zeros(len(NOISES), 3, dtype=torch.float64, device=device)  # psnr, ssim, lpips
     count = torch.zeros((), dtype=torch.float64, device=device)
     ranks = dist.get_rank(), dist.get_world_size()
     for images, _, numbers in in_order(dataset, batch, device, *ranks, workers, most):
-        z = rae.encode(images)
+        z = rae.encode(images)  # (B, N, D)
         eps = normals(mix(0, 2, numbers), z[0].numel(), device).view_as(z)
         for row, sigma in zip(sums, NOISES):  # the same eps, further away
             copies = rae.decode(z + sigma * eps, decoder).clamp(0, 1)
@@ -636,127 +235,174 @@ def evaluate(rae, decoder, dataset, perceptual, device, workers=None, batch=64, 
 
 
 @torch.no_grad()
-def picture(rae, decoder, images):
-    """Rows of originals, reconstructions, and reconstructions of latents with noise 0.4."""
+def reconstructions(rae, decoder, images):
+    """images (B,3,H,W) -> (3B,3,H,W): originals, copies, copies of latents with noise 0.4."""
     z = rae.encode(images)
     eps = normals(torch.arange(len(z)), z[0].numel(), z.device).view_as(z)
     return torch.cat([images, rae.decode(z, decoder), rae.decode(z + 0.4 * eps, decoder)])
 
 
-# Training
+# Recipes and flags
 
-RECIPES = {  # the paper's for its encoders, and one for a laptop; flags override
-    "paper": dict(image_size=256, decoder="XL", tau=0.8, lpips_weight=1.0, gan_weight=0.75,
-                  disc="dino", disc_start=6, gan_start=8,
-                  batch=512, lr=2e-4, epochs=16, warmup=1, ema=0.9978, save_every=2500),
-    "tiny":  dict(image_size=32, decoder="tiny", tau=0.5, lpips_weight=0.0, gan_weight=0.0,
-                  disc="tiny", disc_start=1, gan_start=2,
-                  batch=64, lr=6e-3, epochs=2, warmup=0.1, ema=0.99, save_every=500),
+RECIPES = {  # of an encoder: the paper's (section 3, appendix), and one for a laptop
+    "paper": dict(
+        image_size=256, decoder="XL",
+        tau=0.8,                                              # noise-augmented decoding
+        lpips_weight=1.0, gan_weight=0.75,                    # w_L, w_G
+        disc="dino", disc_start=6, gan_start=8,               # epochs
+        batch=512, micro=64, epochs=16, lr=2e-4, warmup=1,    # AdamW, a cosine to a tenth
+        ema=0.9978, save_every=2500),
+    "tiny": dict(
+        image_size=32, decoder="tiny",
+        tau=0.5,
+        lpips_weight=0.0, gan_weight=0.0,
+        disc="tiny", disc_start=1, gan_start=2,
+        batch=64, micro=64, epochs=2, lr=6e-3, warmup=0.1,
+        ema=0.99, save_every=500),
 }
 
 
-def learning_rate(step, peak, warmup, length):
-    """Linear over the first `warmup` steps, then half a cosine to a tenth at `length`."""
-    rising = min(1, (step + 1) / max(warmup, 1))  # the first step counts as one
-    progress = min(max((step - warmup) / max(length - warmup, 1), 0), 1)  # 0 ... 1
-    return peak * rising * (0.55 + 0.45 * math.cos(math.pi * progress))
-
-
 def parse_args(argv=None):
-    parser, add = flags(__doc__.split("\n")[0], RECIPES)
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    count = at_least(1)
     amount = at_least(0, float)
+    # the run and its data
+    add("--run", help="run folder, by default out/ENCODER; the same command again resumes")
+    add("--data", help="image folder, or `shapes`; by default data/imagenet, or the recipe's")
+    add("--val", help="held-out images; by default DATA/val, or held-out shapes")
+    add("--init", help="begin with the decoder of this run, rae.pt or release:NAME")
     # the autoencoder
     add("--encoder", default="dinov2_b", help=f"one of {', '.join(ENCODERS)}")
-    add("--encoder-weights", default=None, help="its weights from a file, or `random` (mechanics only)")
-    add("--image-size", type=at_least(1), help="side of the images the encoder sees")
-    add("--upsample", type=at_least(1), default=1, help="decode at so many times that side, same tokens")
+    add("--encoder-weights", help="its weights from a file, or `random` (mechanics only)")
+    add("--image-size", type=count, help="side of the images that the encoder sees")
+    add("--upsample", type=count, default=1, help="decode at so many times that side, same tokens")
     add("--decoder", help=f"one of {', '.join(DECODERS)}")
     # the losses
     add("--tau", type=amount, help="strength of the noise on the latents")
     add("--noise", choices=("halfnormal", "uniform"), default="halfnormal", help="|N(0,tau^2)| or tau U(0,1)")
     add("--lpips-weight", type=amount, help="0 needs no download")
-    add("--lpips-vgg", default=None, help="VGG16 weights of LPIPS from a file, or `random` (mechanics only)")
+    add("--lpips-vgg", help="VGG16 weights of LPIPS from a file, or `random` (mechanics only)")
     add("--gan-weight", type=amount, help="0: no discriminator")
     add("--disc", choices=("dino", "tiny"), help="features of the discriminator")
-    add("--disc-weights", default=None, help="their weights from a file, or `random`")
+    add("--disc-weights", help="their weights from a file, or `random`")
     add("--disc-input", choices=("clean", "noisy"), default="clean", help="latents it sees decoded")
     add("--disc-start", type=amount, help="epoch from which the discriminator is trained")
     add("--gan-start", type=amount, help="epoch from which the decoder sees it")
+    # how long, and how
+    add("--epochs", type=amount, help="length of training; an epoch of shapes has 50,000 images")
+    add("--steps", type=count, help="stop after so many optimiser steps, with the same schedule")
+    add("--batch", type=count, help="images per optimiser step, over all ranks")
+    add("--micro", type=count, help="images of a rank at a time, at most; accumulation follows")
+    add("--lr", type=at_least(1e-12, float), help="AdamW's highest learning rate")
+    add("--warmup", type=amount, help="epochs of linear warm-up")
+    add("--ema", type=at_least(0, float, 1), help="decay of the average of the weights")
+    add("--seed", type=at_least(0, int, 2 ** 62), default=0, help="of weights, data order and all draws")
+    # the machine
+    add("--workers", type=at_least(0), help="loader processes per rank; by default as cores allow")
+    add("--dtype", choices=("fp32", "bf16"), help="autocast; by default bf16 where it is fast")
+    add("--compile", action="store_true", help="torch.compile of the blocks")
+    add("--save-every", type=count, help="steps between checkpoints, evaluations and pictures")
+    add("--keep-every", type=amount, default=0, help="epochs between averages that are kept, 0: none")
+    add("--log-every", type=count, default=50, help="steps between lines of the log")
+
+    # The recipe of the encoder gives the defaults
+    parser.set_defaults(**RECIPES["paper"])
+    if parser.parse_args(argv).encoder.startswith("tiny"):
+        parser.set_defaults(**RECIPES["tiny"])
     args = parser.parse_args(argv)
-    args = with_recipe(args, RECIPES, args.encoder)
     if args.encoder in ENCODERS and not ENCODERS[args.encoder].timm:
         args.epochs = args.lpips_weight = args.gan_weight = 0  # pixels: nothing to train
     if args.gan_weight and args.gan_start < args.disc_start:
         raise UserError(f"--gan-start {args.gan_start} comes before --disc-start {args.disc_start}:"
                         " the decoder would follow an untrained discriminator")
-    if args.image_size * args.upsample < 11:
-        raise UserError(f"--image-size {args.image_size}: SSIM, which judges runs, needs 11")
     return args
+
+
+def cosine_lr(step, peak, warmup, length):
+    """Linear over the first `warmup` steps, then half a cosine to a tenth at step `length`."""
+    rising = min(1, (step + 1) / max(warmup, 1))  # the first step counts as one
+    progress = min(max((step - warmup) / max(length - warmup, 1), 0), 1)  # 0 ... 1
+    return peak * rising * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+# Training
+
+def frozen_networks(args, rae, given, has_disc, device):
+    """(LPIPS, discriminator), None where they are not wanted; the encoder goes into the RAE."""
+    rae.load_encoder(given).to(device)
+    perceptual = load_lpips(device, args.lpips_vgg) if args.lpips_weight else None
+    disc = Discriminator(args.disc, args.disc_weights).to(device) if has_disc else None
+    return perceptual, disc
+
+
+def save_rae(path, rae, keep_encoder, parts, **state):
+    """Write a rae.pt, on rank 0; parts: {name: module or optimiser}."""
+    if dist.get_rank() == 0:
+        encoder = rae.encoder.state_dict() if keep_encoder else None
+        parts = {name: part.state_dict() for name, part in parts.items()}
+        save_checkpoint(path, config=rae.config, mean=rae.mean, var=rae.var, encoder=encoder,
+                        **state, **parts)
+
+
+def look(run, rae, decoder, held_out, examples, perceptual, step, workers):
+    """Evaluate on held-out images, if there are any, and draw the examples. Call it on all ranks."""
+    if held_out:
+        found = evaluate_decoder(rae, decoder, held_out, perceptual, examples.device, workers)
+        record(run, stage=1, step=step, **found)
+    if dist.get_rank() == 0:
+        path = run / f"samples/decoder_{step:07d}.png"
+        save_picture(reconstructions(rae, decoder, examples), path, nrow=len(examples))
 
 
 def main():
     args = parse_args()
     device, rank, world = start()
-    say = print if rank == 0 else lambda *_: None
 
-    # The autoencoder, as yet without weights
+    # The autoencoder, as yet without weights; the data; the length of the run in steps
     torch.manual_seed(args.seed)  # of the decoder's weights
-    with torch.device("meta") if args.describe else nullcontext():
-        rae = RAE(args.encoder, args.decoder, args.image_size, args.upsample)
-        one_latent = torch.empty(1, rae.num_tokens, rae.token_dim, device="meta")
-    if args.describe:
-        return describe(f"decoder {args.decoder}", rae.decoder, one_latent)
+    rae = RAE(args.encoder, args.decoder, args.image_size, args.upsample)
     decoder = rae.decoder
-
-    # The data, and the length of the run
-    data = absolute(args.data or default_data(rae))
+    data = absolute_path(args.data or default_data(rae))
     dataset = open_data(data, rae.output_size, crop=True)
     held_out = open_val(args.val, data, rae.output_size)
-    still = copy(dataset)
-    still.train = False  # centre crops
-    epoch, schedule, total = length_of(args, dataset, world)
-    disc_begin = math.ceil(args.disc_start * epoch)  # a step
+    epoch = len(dataset) / args.batch  # in steps, not whole
+    schedule = math.ceil(args.epochs * epoch)
+    total = min(schedule, args.steps or schedule)
+    disc_begin = math.ceil(args.disc_start * epoch)
     gan_begin = math.ceil(args.gan_start * epoch)
-    micro = args.batch // (world * args.accum)  # images of a rank at a time
+    micro, accum = micro_batch(args.batch, args.micro, world)
 
-    # The run's folder, and where an earlier start left it
+    # The run's folder, and where an earlier start of this command left it
     run = Path(args.run or f"out/{args.encoder}")
-    claim(run)
+    lock_run(run)
     fixed = dict(rae.config, stage=1, seed=args.seed, batch=args.batch, tau=args.tau,
                  noise=args.noise, data=Path(data).name, images=len(dataset))
     saved, step = resume(run / "rae.pt", fixed)
     if saved and step >= total:
         return say(f"{run}/rae.pt is at step {step} of {total}: finished; --epochs, --steps extend it")
 
-    # Frozen networks, found before the long work; rae.pt keeps what no hub gives back
-    weights = (saved["encoder"] if saved else None) or args.encoder_weights
-    rae.load_encoder(weights).to(device)
-    keep = bool(weights) or args.encoder.startswith("tiny")
-    perceptual = load_lpips(device, args.lpips_vgg) if args.lpips_weight else None
-    has_disc = args.gan_weight > 0 and disc_begin < total  # in this run
-    disc = Discriminator(args.disc, args.disc_weights).to(device) if has_disc else None
-
-    # Latent statistics, once
+    # Frozen networks; latent statistics, once
+    given = saved["encoder"] if saved else args.encoder_weights
+    has_disc = args.gan_weight > 0 and disc_begin < total
+    perceptual, disc = frozen_networks(args, rae, given, has_disc, device)
+    try_to_read(dataset, held_out, workers=args.workers)
+    centred = centre_crops(dataset)
     if saved:
         mean, var = saved["mean"], saved["var"]
     else:
         say(f"{run}: latent statistics of {args.encoder} over {len(dataset)} images of {data}")
-        mean, var = latent_statistics(rae, still, micro, device, args.workers)
+        mean, var = latent_statistics(rae, centred, 64, device, args.workers)
     rae.mean.copy_(mean)
     rae.var.copy_(var)
-
-    def save(**parts):
-        if rank == 0:
-            encoder = rae.encoder.state_dict() if keep else None
-            save_checkpoint(run / "rae.pt", config=rae.config, fixed=fixed, data=data, step=step,
-                            mean=rae.mean, var=rae.var, encoder=encoder,
-                            **{name: part.state_dict() for name, part in parts.items()})
-
+    save = partial(save_rae, rae=rae, fixed=fixed, data=data,
+                   keep_encoder=bool(given) or args.encoder.startswith("tiny"))  # no hub has these
     if not rae.spec.timm:
-        save(model=decoder, ema=decoder)
-        return say(f"wrote {run}/rae.pt, pixels need no decoder. Next: python train_dit.py --run {run}")
+        save(run / "rae.pt", step=0, parts=dict(model=decoder, ema=decoder))
+        return say(f"wrote {run}/rae.pt, pixels need no decoder. Next: {command('train_dit.py', '--run', run)}")
 
-    # Weights, their average, optimisers: new, from --init, or as an earlier start left them
+    # The decoder, the average of its weights, optimisers: new, or as an earlier start left them
     if args.init and not saved:
         other = load_rae(args.init, decode_only=True).decoder
         load_strict(decoder, other.state_dict(), f"--init {args.init}")
@@ -770,69 +416,98 @@ def main():
     if saved:
         if disc and step > disc_begin and not saved.get("disc"):
             raise UserError(f"{run} went on without discriminator: resume with --gan-weight 0")
-        restore(parts, saved)
+        restore(parts, saved)  # a late discriminator begins anew
+        saved = None  # else the old file stays mapped, and on the disk
     else:
-        save(**parts)  # the statistics, which take long
-    shown, *_ = next(in_order(held_out or still, 10, device, workers=0, most=10))
+        save(run / "rae.pt", step=step, parts=parts)  # the statistics, which take long
 
-    # Arithmetic, ranks, and the order of the images
-    dtype, autocast = arithmetic(args.dtype, device)
+    # Arithmetic, ranks, the order of the images
+    dtype, autocast = autocast_for(args.dtype, device)
     if args.compile:  # not `predict`: its gradient is asked for more than once, for lambda
-        for block in decoder.blocks:  # the same code for each
-            block.compile()
-    ddp = distributed(decoder, autocast, torch.zeros(micro, *one_latent.shape[1:], device=device))
-    ddp_disc = distributed(disc.eval(), autocast, shown) if disc else None  # any images do
-    order = shuffled(len(dataset), args.batch, args.accum, args.seed, step, rank, world)
-    loader = batches(dataset, order, args.workers, device)
-    flops = image_flops(rae, lambda: RAE(**rae.config).decoder, one_latent)
-    meter = Meter(run, 1, step, total, args.batch, flops, device)
-    say(f"{run}: decoder of {sum(p.numel() for p in decoder.parameters()) / 1e6:.1f} M parameters on"
-        f" {rae.num_tokens} x {rae.token_dim} latents of {args.encoder}; {data}: {len(dataset)} images"
-        f" of {rae.output_size} px; {dtype}, {world} x {device.type}, steps {step} to {total}")
+        compile_blocks(decoder.blocks, device)
+    z = torch.zeros(micro, rae.num_tokens, rae.token_dim, device=device)
+    flops = say_cost(f"{run}: decoder {args.decoder}", lambda: RAE(**rae.config).decoder, z)
+    say(f"{rae.num_tokens} x {rae.token_dim} latents of {args.encoder}; {len(dataset)} images of {data},"
+        f" {rae.output_size} px; {dtype}; {world} x {device.type}, {accum} x {micro} images each;"
+        f" steps {step} to {total}")
+    ddp = ddp_in_fixed_order(decoder, autocast, z)
+    examples, *_ = next(in_order(held_out or centred, 10, device, workers=0, most=10))
+    ddp_disc = ddp_in_fixed_order(disc.eval(), autocast, examples) if disc else None
+    order = shuffled(len(dataset), args.batch, accum, args.seed, step, rank, world)
+    loader = batches(dataset, order, micro, args.workers, device)
 
     # The loop, in optimiser steps
-    asked = stop_signal()  # SIGTERM, Ctrl-C
-    stop = False
+    asked = stop_signal()  # SIGTERM, Ctrl-C, a closed terminal
+    history = defaultdict(list)  # losses since the last line of the log
+    since, clock, stop = step, time.time(), False
     while step < total and not stop:
         micros = []
-        for _ in range(args.accum):
+        for _ in range(accum):
             images, _, keys = next(loader)
             micros.append((images, rae.encode(images), keys))  # z: (B, N, D)
+        use_gan = disc is not None and step >= gan_begin
+        train_disc = disc is not None and step >= disc_begin
 
-        # ---- generator: noisy latents -> reconstruction -> L1, LPIPS, GAN ----
-        adversary = disc if disc and step >= gan_begin else None
-        accumulate(meter, ddp, micros, lambda batch: decoder_backward(
-            rae, ddp, batch, args, autocast, perceptual, adversary))
-        lr = learning_rate(step, args.lr, args.warmup * epoch, schedule)
+        # ---- generator: noisy latents -> copies -> L1, LPIPS, GAN -> step ----
+        for i, (images, z, keys) in enumerate(micros):
+            ddp.require_backward_grad_sync = i == accum - 1  # ranks average once a step
+            with autocast():
+                noisy = noise_augment(z, rae.std, keys, args.tau, args.noise)  # (B, N, D)
+                copies = rae.decode(noisy, ddp)                                # (B, 3, H, W)
+                losses = reconstruction_losses(copies, images, perceptual, args.lpips_weight)
+                loss = losses["loss"]
+                if use_gan:  # raise the logits, without a margin; eval: no power iteration
+                    gan = -disc.eval()(augment(copies * 2 - 1, mix(keys, 1))).mean()
+            # Outside autocast, which would round the gradients of what is kept in fp32
+            if use_gan:
+                lam = adversarial_backward(loss / accum, gan / accum, copies,
+                                           decoder.predict.weight, args.gan_weight)
+                loss = loss + args.gan_weight * lam * gan
+                losses |= dict(loss=loss, gan=gan, gan_lambda=lam)
+            else:
+                (loss / accum).backward()
+            remember(history, **losses)
+        lr = cosine_lr(step, args.lr, args.warmup * epoch, schedule)
         skipped = apply_gradients(optimizer, lr)
         ema.update(decoder)  # after the step
 
-        # ---- discriminator: real images, and copies by the updated decoder -> hinge ----
-        if disc and step >= disc_begin:  # by its own steps, a schedule as long as the decoder's
-            accumulate(meter, ddp_disc, micros, lambda batch: discriminator_backward(
-                rae, ddp_disc, batch, args, autocast))
-            disc_lr = learning_rate(step - disc_begin, args.lr, args.warmup * epoch, schedule)
+        # ---- discriminator: images, and copies by the updated decoder -> hinge -> step ----
+        for i, (images, z, keys) in enumerate(micros if train_disc else ()):
+            ddp_disc.require_backward_grad_sync = i == accum - 1
+            with autocast():
+                if args.disc_input == "noisy":
+                    z = noise_augment(z, rae.std, mix(keys, 4), args.tau, args.noise)
+                # One pass for both, so that they share the power iteration of the spectral norms
+                logits = ddp_disc.train()(real_and_fake(rae, images, z, keys))  # (2 B, 5 N)
+                loss = hinge_loss(*logits.chunk(2))
+            (loss / accum).backward()
+            remember(history, disc=loss)
+        if train_disc:  # by its own steps, a schedule as long as the decoder's
+            disc_lr = cosine_lr(step - disc_begin, args.lr, args.warmup * epoch, schedule)
             skipped = torch.maximum(skipped, apply_gradients(disc_optimizer, disc_lr))
-        meter.skipped(skipped)  # either
+        remember(history, skipped=skipped)
         step += 1
         stop = any_rank(asked)  # on all ranks at once
 
-        # ---- log, save, look ----
-        if step % args.log_every == 0 or step == total:
-            meter.line(step, lr)
+        # ---- save, look, log ----
         if step % args.save_every == 0 or step == total or stop:
-            with meter.paused():
-                save(**parts)  # before all else: a stopped run has seconds
-                if held_out and not stop:
-                    found = evaluate(rae, ema.module, held_out, perceptual, device, args.workers)
-                    log(run, stage=1, step=step, **found)
-                if rank == 0 and not stop:
-                    place = run / f"samples/decoder_{step:07d}.png"
-                    save_picture(picture(rae, ema.module, shown), place, nrow=len(shown))
+            pause = wait_for(device)
+            save(run / "rae.pt", step=step, parts=parts)  # first: a stopped run has seconds
+            if not stop:
+                look(run, rae, ema.module, held_out, examples, perceptual, step, args.workers)
+            clock += time.time() - pause
+        if args.keep_every and step % max(1, round(args.keep_every * epoch)) == 0:
+            save(run / f"rae_{step:07d}.pt", step=step, parts=dict(ema=ema.module))
+        if step % args.log_every == 0 or step == total:
+            means = mean_over_ranks(history, run, step)    # the one device sync ...
+            rate = (step - since) / (time.time() - clock)  # ... so that the clock is read after it
+            record(run, stage=1, step=step, total=total, **means, lr=lr, images_per_s=rate * args.batch,
+                   tflops=rate * args.batch * 3 * flops / 1e12, eta=(total - step) / rate)
+            since, clock = step, time.time()
     if stop:
         return say(f"stopped; {run}/rae.pt is at step {step}, and the same command goes on")
     say(f"wrote {run}/rae.pt; {run}/samples shows originals, copies, and copies of noisy latents."
-        f" Next: python train_dit.py --run {run}")
+        f" Next: {command('train_dit.py', '--run', run)}")
 
 
 if __name__ == "__main__":

@@ -7,9 +7,12 @@
 
 The same command again resumes. Writes dit.pt, log.jsonl, samples/*.png into the run's folder.
 t = 1: noise. B images, N tokens of D channels, W and H width of backbone and head.
-Source: arXiv 2510.11690.
+Source: arXiv 2510.11690, sections 4 and 5. Lines with "RAEv2" follow its sequel, arXiv 2605.18324.
 """
+import argparse
 import math
+import time
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -19,12 +22,12 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from fid import frechet_distance, moments
-from rae import (ENCODERS, RAE, ROOT, UserError, at_least, attention, default_data, grid_angles,
-                 in_fp32, in_order, load_rae, load_strict, locate, mix, newest, normals, open_data,
-                 open_val, read_weights, save_checkpoint, sincos_2d, start)
-from train_decoder import (Meter, absolute, any_rank, apply_gradients, arithmetic, batches, claim,
-                           describe, distributed, flags, image_flops, length_of, log, restore,
-                           resume, save_picture, shuffled, stop_signal, synced, with_recipe)
+from rae import (ROOT, UserError, absolute_path, any_rank, apply_gradients, at_least, attention,
+                 autocast_for, batches, command, compile_blocks, ddp_in_fixed_order, default_data, grid_angles,
+                 in_fp32, in_order, load_rae, load_strict, locate, lock_run, mean_over_ranks,
+                 micro_batch, mix, newest_run, normals, open_data, open_val, read_weights,
+                 record, remember, restore, resume, save_checkpoint, save_picture, say, say_cost,
+                 shuffled, sincos_2d, start, stop_signal, try_to_read, wait_for)
 
 SIZES = {            # width: depth, heads
     192:  (4, 6),    # for the encoder `tiny`
@@ -57,7 +60,7 @@ class TimeEmbedder(nn.Module):
         return self.mlp(torch.cat([angles.sin(), angles.cos()], 1))
 
 
-class RMSNorm(nn.RMSNorm):
+class AdaRMSNorm(nn.RMSNorm):
     """adaLN: x (B,N,W), normalised in fp32; scale, shift (B, 1 or N, W), in their dtype."""
     def forward(self, x, shift, scale):
         x = F.rms_norm(x.float(), self.normalized_shape, self.weight, self.eps)
@@ -96,8 +99,8 @@ class Block(nn.Module):
     """LightningDiT block, adaLN-zero; its condition c: (B,1,W), or of each token (B,N,W)."""
     def __init__(self, width, heads):
         super().__init__()
-        self.norm1 = RMSNorm(width, eps=1e-6)
-        self.norm2 = RMSNorm(width, eps=1e-6)
+        self.norm1 = AdaRMSNorm(width, eps=1e-6)
+        self.norm2 = AdaRMSNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
         self.mlp = SwiGLU(width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
@@ -113,7 +116,7 @@ class FinalLayer(nn.Module):
     """(B,N,W), condition -> (B,N,D): the matrix whose rank Theorem 1 is about."""
     def __init__(self, width, token_dim):
         super().__init__()
-        self.norm_final = RMSNorm(width, eps=1e-6)
+        self.norm_final = AdaRMSNorm(width, eps=1e-6)
         self.linear = nn.Linear(width, token_dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
@@ -128,8 +131,8 @@ class DiT(nn.Module):
     Parameters carry the released names. Errors: heads that do not divide a width into multiples
     of 4 channels (2-D RoPE), tokens that form no square. Sections 4.1 and 5.
 
-    Beyond the paper (RAEv2, arXiv 2605.18324): predict "x": the last layer gives the clean
-    latent, of which forward makes v; base_head k: a second, weaker output after block k.
+    RAEv2: predict "x": the last layer gives the clean latent, of which forward makes v;
+    base_head k: a second, weaker output after block k.
     """
     def __init__(self, tokens=256, token_dim=768, width=1152, depth=28, heads=16, head=2048,
                  head_depth=2, head_heads=16, num_classes=1000, predict="v", base_head=0):
@@ -140,37 +143,34 @@ class DiT(nn.Module):
         self.num_classes = num_classes  # the null class's index, too
         self.depth = depth              # of the backbone; the head's blocks follow
         self.head = head
-        self.predict = predict
-        self.base_head = base_head
-        side = math.isqrt(tokens)  # of the token grid
+        self.predict = predict          # RAEv2
+        self.base_head = base_head      # RAEv2
+        side = math.isqrt(tokens)       # of the token grid
         for flag, w, its_heads, h in (("width", width, "heads", heads),
                                       ("head", head, "head-heads", head_heads)):
             if w % h or w // h % 4:
                 raise UserError(f"{flag} {w} does not divide into {h} heads of a multiple of 4"
                                 f" channels each (2-D RoPE): change --{flag} or --{its_heads}")
-        if side * side != tokens:  # RoPE and positions are of two dimensions
-            raise UserError(f"{tokens} tokens do not form a square")
-        if base_head > depth:
-            raise UserError(f"--base-head {base_head} is beyond the {depth} blocks of the backbone")
-        if predict not in ("v", "x"):
-            raise UserError(f"predict {predict!r}: a DiT gives v or x")
+        if side * side != tokens or base_head > depth or predict not in ("v", "x"):
+            raise UserError(f"no DiT of {tokens} tokens (a square), --base-head {base_head} (of {depth}"
+                            f" blocks), --predict {predict} (v or x)")
 
         # Conditions, and the backbone
-        self.s_embedder = nn.Linear(token_dim, width)  # of the noisy tokens
+        self.s_embedder = nn.Linear(token_dim, width)            # of the noisy tokens
         self.register_buffer("pos_embed", sincos_2d(side, width)[None])  # (1, N, W)
-        self.t_embedder = TimeEmbedder(width)  # of the noise level
-        self.y_embedder = nn.Embedding(num_classes + 1, width)  # the last: no class
+        self.t_embedder = TimeEmbedder(width)                    # of the noise level
+        self.y_embedder = nn.Embedding(num_classes + 1, width)   # the last: no class
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.add_angles("", side, width // heads)
 
         # The head: its blocks follow the backbone's in one list, as in the released files
         if head:
-            self.x_embedder = nn.Linear(token_dim, head)  # of the noisy tokens, again
+            self.x_embedder = nn.Linear(token_dim, head)         # of the noisy tokens, again
             self.s_projector = nn.Linear(width, head) if head != width else nn.Identity()
             self.blocks.extend(Block(head, head_heads) for _ in range(head_depth))
-            self.add_angles("head_", side, head // head_heads)  # its head dim differs
+            self.add_angles("head_", side, head // head_heads)   # its head dim differs
         self.final_layer = FinalLayer(head or width, token_dim)
-        if base_head:
+        if base_head:                                            # RAEv2
             self.base_layer = FinalLayer(width, token_dim)
         self.initialize()
 
@@ -185,7 +185,7 @@ class DiT(nn.Module):
         if self.head:  # DiT^DH keeps torch's default elsewhere
             xavier = [self.s_embedder, self.x_embedder]
         for linear in xavier:
-            nn.init.xavier_uniform_(linear.weight)  # uniform, by fan-in and fan-out
+            nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
         for table in (self.y_embedder, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(table.weight, std=0.02)
@@ -196,29 +196,30 @@ class DiT(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def velocity(self, out, x_t, t):
-        """A last layer's output (B,N,D) -> v. An x needs no full rank: x_t brings the noise."""
-        if self.predict == "v":
-            return out.float()
-        return (x_t - out.float()) / t.clamp(min=LEAST_T)[:, None, None]
+        """A last layer's output (B,N,D) -> v. RAEv2: a predicted latent need not contain noise,
+        which x_t brings, so that a narrow layer is enough."""
+        if self.predict == "x":
+            return (x_t - out.float()) / t.clamp(min=LEAST_T)[:, None, None]
+        return out.float()
 
     def forward(self, x_t, t, y, base=False):
-        """x_t (B,N,D), t (B,) in [0,1], y (B,) int64 (num_classes: no class) -> v (B,N,D), fp32;
-        base: both outputs' v (2,B,N,D), of one pass."""
+        """x_t (B,N,D), t (B,) in [0,1], y (B,) int64 (num_classes: no class) -> v (B,N,D), fp32.
+        RAEv2: base (of a model with a base head): both outputs' v (2,B,N,D), of one pass."""
         t_e = self.t_embedder(t)[:, None]      # (B, 1, W)
         c = t_e + self.y_embedder(y)[:, None]  # (B, 1, W)
         if self.head:
             c = F.silu(c)  # and again in each block, as released
 
-        # Backbone: what the tokens mean, and, on the way, what a weaker model would say
+        # Backbone
         s = self.s_embedder(x_t) + self.pos_embed  # (B, N, W)
         for number, block in enumerate(self.blocks[:self.depth], 1):
-            s = block(s, c, self.cos, self.sin)
-            if base and number == self.base_head:
-                u = F.silu(t_e + s)  # its own input, and condition of each token
+            s = block(s, c, self.cos, self.sin)    # (B, N, W)
+            if base and number == self.base_head:  # RAEv2: a weaker prediction
+                u = F.silu(t_e + s)                # its input, and each token's condition
                 v_base = self.velocity(self.base_layer(u, u), x_t, t)  # (B, N, D)
 
-        # DDT head: the backbone only conditions it, token by token, and may be narrow. It embeds
-        # x_t again, since v has its noise's rank: D must go through H, not through W.
+        # DDT head. v contains noise of full rank, so the layer before the output must have a width
+        # H >= D. The backbone may be narrower: it is only each token's condition here.
         x = s
         if self.head:
             c = self.s_projector(F.silu(t_e + s))  # (B, N, H)
@@ -226,54 +227,55 @@ class DiT(nn.Module):
             for block in self.blocks[self.depth:]:
                 x = block(x, c, self.head_cos, self.head_sin)
         v = self.velocity(self.final_layer(x, c), x_t, t)  # (B, N, D)
-        return torch.stack([v, v_base]) if base else v
+        return torch.stack([v, v_base]) if base else v     # RAEv2
 
 
 # The flow: a loss to learn v = d x_t / dt at every time, and steps that follow it to data
 
 def shift_alpha(tokens, token_dim, base=4096):
-    """The dimension-dependent shift sqrt(tokens token_dim / base) (section 4.2)."""
+    """The dimension-dependent shift sqrt(tokens token_dim / base) > 0 (section 4.2)."""
     return math.sqrt(tokens * token_dim / base)
 
 
 def time_shift(t, alpha):
     """t in [0,1] -> alpha t / (1 + (alpha - 1) t) in [0,1]: alpha > 1 moves time towards noise.
 
-    Why: many channels tell the same thing, so that at the same t noise hides a large latent far
-    less than a small one. The shift compares like with like (theory/noise_shift.py).
+    Why: channels are redundant, so that at equal t a large latent is easier to see through the
+    noise. The shift trains it at noisier t, where it is as hard (theory/noise_shift.py).
     """
     return alpha * t / (1 + (alpha - 1) * t)
 
 
-def flow_matching_loss(model, z, y, alpha, keys=None, label_dropout=0.0, time="logit-normal"):
-    """Mean squared error of the velocity (section 3.2); z (B,N,D) latents, y (B,) labels.
-
-    keys (B,) make eps, t and label dropout functions of the sample; None: torch's generator.
-    A base head's loss is added: the sum starts at twice a plain model's.
-    """
-    # The sample's own draws: noise, time, and a coin for its label
-    net = getattr(model, "module", model)  # without DDP
+def draws_of(z, keys, alpha, time):
+    """Of each sample alone: noise eps (B,N,D), shifted time t (B,), a number in (0,1) for its
+    label (B,). keys (B,) seed the samples; None: torch's generator."""
     B, N, D = z.shape
     if keys is None:
         draws = torch.randn(B, N * D + 2, device=z.device)
     else:
-        draws = normals(keys, N * D + 2, z.device)  # (B, N D + 2)
-    eps = draws[:, :-2].view(B, N, D)               # t = 1 is this
-    u = draws[:, -2]
-    t = torch.sigmoid(u) if time == "logit-normal" else torch.special.ndtr(u)  # (B,)
-    t = time_shift(t, alpha)  # (B,)
-    if label_dropout:  # so that the model knows the null class, too
-        dropped = torch.special.ndtr(draws[:, -1]) < label_dropout
-        y = torch.where(dropped, net.num_classes, y)
+        draws = normals(keys, N * D + 2, z.device)
+    eps = draws[:, :-2].view(B, N, D)
+    g = draws[:, -2]
+    t = torch.sigmoid(g) if time == "logit-normal" else torch.special.ndtr(g)
+    return eps, time_shift(t, alpha), torch.special.ndtr(draws[:, -1])
 
-    # The whole method: a point on the straight line from z to eps, and that line's direction
-    x_t = torch.lerp(z, eps, t[:, None, None])  # (1-t) z + t eps
-    v = eps - z  # d x_t / dt
 
-    # Beyond the paper; a model that does not say predicts v, and has one output
-    if getattr(net, "predict", "v") == "x":
-        v = (x_t - z) / t.clamp(min=LEAST_T)[:, None, None]  # eps - z, clamped as in velocity
-    if getattr(net, "base_head", 0):
+def flow_matching_loss(model, z, y, alpha, keys=None, label_dropout=0.0, time="logit-normal"):
+    """|| model(x_t, t, y) - v ||^2, a mean (section 3.2); z (B,N,D) latents, y (B,) labels.
+
+    keys (B,) make all draws functions of the sample; label_dropout: the share of null labels.
+    RAEv2: with a base head it is the sum of two losses.
+    """
+    net = getattr(model, "module", model)          # without DDP
+    eps, t, coin = draws_of(z, keys, alpha, time)  # (B, N, D), (B,), (B,)
+    if label_dropout:                              # so that the model knows the null class
+        y = torch.where(coin <= label_dropout, net.num_classes, y)
+
+    x_t = torch.lerp(z, eps, t[:, None, None])     # (1-t) z + t eps: a point between data and noise
+    v = eps - z                                    # d x_t / dt: the way from data to noise
+    if getattr(net, "predict", "v") == "x":        # RAEv2: eps - z, clamped as in DiT.velocity
+        v = (x_t - z) / t.clamp(min=LEAST_T)[:, None, None]
+    if getattr(net, "base_head", 0):               # RAEv2
         full, base = model(x_t, t, y, base=True)
         return F.mse_loss(full, v) + F.mse_loss(base, v)
     return F.mse_loss(model(x_t, t, y), v)
@@ -303,8 +305,9 @@ def conditional(model, y, *base):
 def load_dit(path_or_name, device="cpu"):
     """A DiT for use (EMA, eval mode): from a dit.pt, its run's folder or release:NAME.
 
-    What sampling needs is on it: alpha, classes ([]: unconditional), rae (the autoencoder's
-    place), guide (an AutoGuidance model's, or None), its scale, label_dropout, step.
+    What sampling needs is on it: alpha, classes ([]: unconditional), rae (the autoencoder's path)
+    and latents (what its latents are), guide (an AutoGuidance model's path, or None), its scale,
+    label_dropout, step. Errors: no file, or another kind of file.
     """
     path = locate(path_or_name, "dit.pt")  # release:NAME is converted here
     saved = read_weights(path)
@@ -315,8 +318,10 @@ def load_dit(path_or_name, device="cpu"):
     model = DiT(**config)
     averaged = {key: value.float() for key, value in saved["ema"].items()}
     load_strict(model, averaged, str(path))
+    fixed = saved.get("fixed", {})
     model.step = saved.get("step")
-    model.label_dropout = saved.get("fixed", {}).get("label_dropout", 0.1)
+    model.label_dropout = fixed.get("label_dropout", 0.1)
+    model.latents = saved.get("latents") or fixed.get("latents")
     model.alpha = saved["alpha"]
     model.classes = saved["classes"]
     model.rae = saved.get("rae") or str(path.parent / "rae.pt")
@@ -326,14 +331,15 @@ def load_dit(path_or_name, device="cpu"):
 
 
 @torch.no_grad()
-def evaluate(model, rae, dataset, alpha, device, unconditional=False, workers=None, batch=64,
-             most=1024):
-    """On at most `most` held-out images: the loss at five times t; and FD, the Fréchet distance
-    of their mean tokens from those of latents generated for their labels in 25 steps."""
+def evaluate_dit(model, rae, dataset, alpha, device, unconditional=False, workers=None, batch=64,
+                 most=1024):
+    """{n: images, loss@.1: at that t, ..., fd}, of at most `most` held-out images; fd: the Fréchet
+    distance of their mean tokens from those of latents generated for their labels in 25 steps.
+    Call it on all ranks."""
     times = (0.1, 0.3, 0.5, 0.7, 0.9)  # as they are, not shifted
-    n = min(most, len(dataset))  # images, but for broken files
-    losses = torch.zeros(len(times), device=device)  # sums over images
-    means = torch.zeros(2, n, rae.token_dim, device=device)  # real, fake
+    n = min(most, len(dataset))
+    losses = torch.zeros(len(times), device=device)         # sums over images
+    means = torch.zeros(2, n, rae.token_dim, device=device)  # of real and generated images
     seen = torch.zeros(n, device=device)
     ranks = dist.get_rank(), dist.get_world_size()
     for images, y, numbers in in_order(dataset, batch, device, *ranks, workers, n):
@@ -352,15 +358,15 @@ def evaluate(model, rae, dataset, alpha, device, unconditional=False, workers=No
         seen[numbers] = 1  # on one rank each
     for sums in (losses, means, seen):
         dist.all_reduce(sums)
-    real, fake = means[:, seen > 0]  # without files that cannot be decoded
+    real, fake = means[:, seen > 0]  # without broken files
     losses = (losses / len(real)).tolist()
     return dict(n=len(real), fd=frechet_distance(*moments(fake), *moments(real)),
                 **{f"loss@{t}": loss for t, loss in zip(times, losses)})
 
 
 @torch.no_grad()
-def picture(model, rae, alpha, unconditional):
-    """Fifty samples (50,3,H,W) in 25 steps, ten classes in columns, of the same noise."""
+def samples(model, rae, alpha, unconditional):
+    """Fifty images (50,3,H,W) in 25 steps, ten classes in columns, of the same noise."""
     count = model.num_classes
     column = torch.arange(50) % 10
     y = column * max(1, count // 10) % count  # of many, ten far apart
@@ -374,246 +380,262 @@ def picture(model, rae, alpha, unconditional):
     return rae.decode(z).float()
 
 
-# Training
+# Recipes and flags
 
-RECIPES = {  # the paper's for its encoders, and one for a laptop; flags override
-    "paper": dict(width=1152, head=2048, head_heads=16, batch=1024, lr=2e-4, epochs=80, warmup=0,
-                  decay_start=None, decay_end=800, ema=None, shift_base=4096, save_every=5000),
-    "tiny":  dict(width=192, head=256, head_heads=8, batch=64, lr=3e-3, epochs=2.5, warmup=0.25,
-                  decay_start=0.25, decay_end=2.5, ema=0.99, shift_base=170, save_every=500),
+RECIPES = {  # of an autoencoder: the paper's (sections 4, 5), and one for a laptop
+    "paper": dict(
+        width=1152, head=2048, head_depth=2, head_heads=16,          # DiT^DH-XL
+        shift_base=4096, time="logit-normal", label_dropout=0.1,
+        batch=1024, micro=64, epochs=80, lr=2e-4, warmup=0,          # AdamW
+        decay_start=None, decay_end=800, clip=None, ema=None,        # as with or without a head
+        save_every=5000),
+    "tiny": dict(
+        width=192, head=256, head_depth=2, head_heads=8,
+        shift_base=170, time="logit-normal", label_dropout=0.1,
+        batch=64, micro=64, epochs=2.5, lr=3e-3, warmup=0.25,
+        decay_start=0.25, decay_end=2.5, clip=None, ema=0.99,
+        save_every=500),
 }
 
 
-def learning_rate(step, epoch, args):
-    """Linear warm-up, a plateau, from decay_start to decay_end (epochs) a fall to a tenth."""
+def parse_args(argv=None, encoder="dinov2_b"):
+    """The flags; encoder: the autoencoder's, which decides the recipe."""
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    count = at_least(1)
+    amount = at_least(0, float)
+    # the run and its data
+    add("--rae", help="autoencoder: rae.pt, run folder or release:NAME; by default the run's")
+    add("--run", help="run folder, by default the autoencoder's; the same command again resumes")
+    add("--data", help="image folder, or `shapes`; by default the autoencoder's")
+    add("--val", help="held-out images for --eval-every; by default DATA/val, or held-out shapes")
+    add("--init", help="begin with the weights of this run, dit.pt or release:NAME")
+    # the model
+    add("--width", type=at_least(4), help="backbone width: 384 S, 768 B, 1024 L, 1152 XL, and so its depth")
+    add("--depth", type=count, help="backbone blocks; by default by width")
+    add("--heads", type=count, help="backbone attention heads; by default by width")
+    add("--head", type=at_least(0), help="width of the DDT head, 0: none; it must reach the token dimension")
+    add("--head-depth", type=count, help="blocks of the DDT head")
+    add("--head-heads", type=count, help="attention heads of the DDT head")
+    add("--predict", choices=("v", "x"), default="v", help="what the last layer gives: velocity, or latent")
+    add("--base-head", type=at_least(0), default=0, help="a second output after this block, for --guide self")
+    # flow matching
+    add("--time", choices=("logit-normal", "uniform"), help="t before the shift")
+    add("--no-shift", action="store_true", help="alpha = 1, for the paper's ablation")
+    add("--shift-base", type=at_least(1e-3, float), help="the 4096 in alpha = sqrt(N D / 4096)")
+    add("--label-dropout", type=at_least(0, float, 1), help="share of null labels; 1: unconditional")
+    # how long, and how
+    add("--epochs", type=amount, help="length of training; an epoch of shapes has 50,000 images")
+    add("--steps", type=count, help="stop after so many optimiser steps, with the same schedule")
+    add("--batch", type=count, help="images per optimiser step, over all ranks")
+    add("--micro", type=count, help="images of a rank at a time, at most; accumulation follows")
+    add("--lr", type=at_least(1e-12, float), help="AdamW's highest learning rate")
+    add("--warmup", type=amount, help="epochs of linear warm-up")
+    add("--decay-start", type=amount, help="epoch where the lr begins to fall; by default 40, without head never")
+    add("--decay-end", type=amount, help="epoch where the lr has reached a tenth, linearly")
+    add("--clip", type=amount, help="norm of the gradient, 0: any; by default 1 with a head, else 0")
+    add("--ema", type=at_least(0, float, 1), help="decay of the average of the weights; .9995, without head .9999")
+    add("--seed", type=at_least(0, int, 2 ** 62), default=0, help="of weights, data order and all draws")
+    # the machine
+    add("--workers", type=at_least(0), help="loader processes per rank; by default as cores allow")
+    add("--dtype", choices=("fp32", "bf16"), help="autocast; by default bf16 where it is fast")
+    add("--compile", action="store_true", help="torch.compile of the blocks")
+    add("--save-every", type=count, help="steps between checkpoints and pictures")
+    add("--keep-every", type=amount, default=0, help="epochs between averages that are kept, 0: none")
+    add("--eval-every", type=at_least(0), default=0, help="steps between evaluations on --val, 0: none")
+    add("--log-every", type=count, default=50, help="steps between lines of the log")
+
+    # The recipe gives the defaults; some follow from the width and the head
+    parser.set_defaults(**RECIPES["tiny" if encoder.startswith("tiny") else "paper"])
+    args = parser.parse_args(argv)
+    depth, heads = SIZES.get(args.width, (None, None))  # S, B, L, XL
+    by_size = dict(depth=depth, heads=heads, ema=0.9995 if args.head else 0.9999,
+                   clip=1.0 if args.head else 0.0, decay_start=40 if args.head else math.inf)
+    for name, value in by_size.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if not args.depth or not args.heads:
+        raise UserError(f"--width {args.width} is no preset ({', '.join(map(str, SIZES))}):"
+                        " give --depth and --heads")
+    if args.decay_end < args.decay_start < math.inf:
+        raise UserError(f"--decay-end {args.decay_end} comes before --decay-start {args.decay_start}")
+    if args.val and not args.eval_every:
+        raise UserError("--val is for --eval-every: give both")
+    return args
+
+
+def linear_lr(step, epoch, args):
+    """Linear warm-up, a plateau, from decay_start to decay_end a fall to a tenth; epoch: in steps."""
     rising = min(1, (step + 1) / max(args.warmup * epoch, 1))  # the first step counts as one
     length = max(args.decay_end - args.decay_start, 1e-9)
     fallen = min(max((step / epoch - args.decay_start) / length, 0), 1)  # 0 ... 1
     return args.lr * rising * (1 - 0.9 * fallen)
 
 
-def parse_args(argv=None):
-    parser, add = flags(__doc__.split("\n")[0], RECIPES)
-    amount = at_least(0, float)
-    add("--rae", default=None, help="autoencoder: rae.pt, run folder or release:NAME (default: the run's)")
-    add("--encoder", default=None, help="with --describe: an encoder's latent shape, without a run")
-    # model
-    add("--width", type=at_least(4), help="backbone width: 384 S, 768 B, 1024 L, 1152 XL, and so its depth")
-    add("--depth", type=at_least(1), default=None, help="backbone blocks (default: by width)")
-    add("--heads", type=at_least(1), default=None, help="backbone attention heads (default: by width)")
-    add("--head", type=at_least(0), help="width of the DDT head, 0: none; it must reach the token dimension")
-    add("--head-depth", type=at_least(1), default=2, help="blocks of the DDT head")
-    add("--head-heads", type=at_least(1), help="attention heads of the DDT head")
-    add("--predict", choices=("v", "x"), default="v", help="what the last layer gives: velocity, or latent")
-    add("--base-head", type=at_least(0), default=0, help="a second output after this block, for --guide self")
-    # flow matching
-    add("--time", choices=("logit-normal", "uniform"), default="logit-normal", help="t before the shift")
-    add("--no-shift", action="store_true", default=False, help="alpha = 1, for the paper's ablation")
-    add("--shift-base", type=at_least(1e-3, float), help="n in alpha = sqrt(tokens x channels / n)")
-    add("--label-dropout", type=at_least(0, float, 1), default=0.1, help="null labels; 1: unconditional")
-    # optimisation
-    add("--decay-start", type=amount, help="epoch where the lr begins to fall (paper: 40, no head: never)")
-    add("--decay-end", type=amount, help="... linearly, and where it has reached a tenth")
-    add("--clip", type=amount, default=None, help="gradient norm (default: 1 with a head, else none)")
-    add("--eval-every", type=at_least(0), default=0, help="steps between evaluations on --val, 0: none")
-    args = parser.parse_args(argv)
-    if args.encoder and not args.describe:
-        raise UserError("--encoder goes with --describe: stage 2 takes its autoencoder's encoder,"
-                        " which --run or --rae names")
-    if args.encoder and args.encoder not in ENCODERS:
-        raise UserError(f"unknown encoder {args.encoder!r}; there are {', '.join(ENCODERS)}")
-    return args
-
+# Training
 
 def find_autoencoder(args):
-    """(its place, the run's folder or None: out/ENCODER)."""
+    """(its path, the run's folder, or None: out/ENCODER)."""
     run = Path(args.run) if args.run else None
     if args.rae:
         return args.rae, run
     if run:
-        if not Path(run, "rae.pt").exists():
-            raise UserError(f"{run} holds no rae.pt: train_decoder.py --run {run} makes it, or"
-                            " name another by --rae")
         return run / "rae.pt", run
-    place = newest("rae.pt")  # of out/, or the demo's
-    return place, None if ROOT / "assets" in place.parents else place.parent
-
-
-def settings(args, rae):
-    """(what was given and what follows from it; DiT's arguments, but the classes)."""
-    args = with_recipe(args, RECIPES, rae.name)
-    depth, heads = SIZES.get(args.width, (None, None))  # S, B, L, XL
-    args.depth = args.depth or depth
-    args.heads = args.heads or heads
-    if not args.depth or not args.heads:
-        raise UserError(f"--width {args.width} is no preset ({', '.join(map(str, SIZES))}):"
-                        " give --depth and --heads")
-    if args.ema is None:
-        args.ema = 0.9995 if args.head else 0.9999
-    if args.clip is None:
-        args.clip = 1.0 if args.head else 0.0
-    if args.decay_start is None:
-        args.decay_start = 40 if args.head else math.inf
-    if args.decay_end < args.decay_start < math.inf:
-        raise UserError(f"--decay-end {args.decay_end} comes before --decay-start"
-                        f" {args.decay_start}")
-    config = dict(tokens=rae.num_tokens, token_dim=rae.token_dim, width=args.width, depth=args.depth,
-                  heads=args.heads, head=args.head, head_depth=args.head_depth,
-                  head_heads=args.head_heads, predict=args.predict, base_head=args.base_head)
-    return args, config
+    path = newest_run("rae.pt")  # of out/, or the demo's
+    return path, None if ROOT / "assets" in path.parents else path.parent
 
 
 def warn_if_narrow(config):
-    """Theorem 1, where it bites: each output that gives v, and the width before it."""
-    if config["predict"] == "x":
-        return
-    n = config["token_dim"]  # what v's noise fills
-    outputs = [("output", "head" if config["head"] else "width")]
+    """Theorem 1: v contains noise of full rank, so each output that gives v must be as wide."""
+    D = config["token_dim"]
+    outputs = dict(output="head" if config["head"] else "width")
     if config["base_head"]:
-        outputs.append(("base head", "width"))
-    for output, flag in outputs:
+        outputs["base head"] = "width"
+    for output, flag in outputs.items():
         width = config[flag]
-        if width < n:
-            floor = 1 - width / n
-            print(f"WARNING: the {output} has at most rank {width} of {n} token dimensions."
-                  f" Theorem 1: its loss cannot fall below {floor:.3f} at any depth. Raise --{flag}"
-                  f" to {n}, or predict the latent: --predict x")
+        if width < D and config["predict"] == "v":
+            say(f"WARNING: the {output} has at most rank {width} of {D} token dimensions. Theorem 1:"
+                f" its loss cannot fall below {1 - width / D:.3f} at any depth. Raise --{flag} to"
+                f" {D}, or predict the latent: --predict x")
+
+
+def initial_weights(args, model):
+    """--init's average; a base head that it lacks stays new."""
+    other = load_dit(args.init)
+    if other.predict != args.predict:
+        raise UserError(f"--init {args.init} predicts {other.predict}: give --predict {other.predict}")
+    weights = other.state_dict()
+    if args.base_head and not other.base_head:
+        say(f"--init {args.init} has no base head: that one is new")
+        weights |= model.base_layer.state_dict(prefix="base_layer.")
+    return weights
 
 
 def main():
     args = parse_args()
     device, rank, world = start()
-    say = print if rank == 0 else lambda *_: None
 
-    # The autoencoder, and the settings that follow from it
-    if args.encoder:
-        rae = RAE(args.encoder, "tiny", ENCODERS[args.encoder].image)
-    else:
-        place, run = find_autoencoder(args)
-        rae = load_rae(place, device, decode_only=args.describe)
-    args, config = settings(args, rae)
-    with torch.device("meta"):
-        one_image = (torch.empty(1, rae.num_tokens, rae.token_dim), torch.empty(1),
-                     torch.empty(1, dtype=torch.int64))  # x_t, t, y
-    base = args.base_head > 0
-    if args.describe:
-        with torch.device("meta"):
-            model = DiT(**config, num_classes=10 if rae.name.startswith("tiny") else 1000)
-        return describe(f"DiT {model.config}", model, *one_image, base)
+    # The autoencoder: it decides the recipe, the latents' shape and the data
+    rae_path, run = find_autoencoder(args)
+    rae = load_rae(rae_path, device)
+    args = parse_args(encoder=rae.name)
     unconditional = args.label_dropout == 1  # no label is ever seen
     alpha = 1 if args.no_shift else shift_alpha(rae.num_tokens, rae.token_dim, args.shift_base)
-
-    # The data: the autoencoder's, unless another is given
-    data = absolute(args.data or default_data(rae))
+    data = absolute_path(args.data or default_data(rae))
     if not args.data and data != "shapes" and not Path(data).is_dir():
-        raise UserError(f"{data}, on which {place} was trained, is not there: name its place,"
-                        " or other images, with --data")
-    dataset = open_data(data, rae.image_size)
-    held_out = open_val(args.val, data, rae.image_size) if args.eval_every else None
-    if args.eval_every and (held_out is None or len(held_out) < 2):
-        raise UserError(f"--eval-every needs held-out images, {data}/val has none: give --val")
+        raise UserError(f"{data}, on which {rae_path} was trained, is not there: name it, or other"
+                        " images, with --data")
+    dataset = open_data(data, rae.output_size)
+    held_out = open_val(args.val, data, rae.output_size) if args.eval_every else None
+    if args.eval_every and not held_out:
+        raise UserError(f"--eval-every needs held-out images, and {data} has no val/: give --val")
     if held_out and held_out.classes != dataset.classes:
-        raise UserError(f"--val has other classes than --data ({len(held_out.classes)} of them)")
-    config["num_classes"] = len(dataset.classes)
-    epoch, _, total = length_of(args, dataset, world)
+        odd = sorted({*held_out.classes} ^ {*dataset.classes})
+        raise UserError(f"--val has other classes than --data: {', '.join(odd[:6])}"
+                        " are in one of them alone")
+    epoch = len(dataset) / args.batch  # in steps, not whole
+    total = math.ceil(args.epochs * epoch)
+    total = min(total, args.steps or total)
     if not total:
         raise UserError(f"--epochs {args.epochs}: no step to train")
-    micro = args.batch // (world * args.accum)  # images of a rank at a time
+    micro, accum = micro_batch(args.batch, args.micro, world)
 
-    # The run's folder, and where an earlier start left it
+    # The run's folder, and where an earlier start of this command left it
     run = run or Path(f"out/{rae.name}")
-    claim(run)
+    lock_run(run)
+    config = {name: getattr(args, name) for name in (
+        "width", "depth", "heads", "head", "head_depth", "head_heads", "predict", "base_head")}
+    config |= dict(tokens=rae.num_tokens, token_dim=rae.token_dim, num_classes=len(dataset.classes))
     fixed = dict(config, stage=2, seed=args.seed, batch=args.batch, alpha=alpha, time=args.time,
                  label_dropout=args.label_dropout, data=Path(data).name, images=len(dataset),
-                 latents=f"{rae.name} {rae.var.double().mean():.6f}")  # which autoencoder
+                 latents=rae.latents)
     saved, step = resume(run / "dit.pt", fixed)
     if saved and step >= total:
         return say(f"{run}/dit.pt is at step {step} of {total}: finished; --epochs, --steps extend it")
-    if rank == 0:
-        warn_if_narrow(config)
+    try_to_read(dataset, held_out, workers=args.workers)
+    warn_if_narrow(config)
 
-    # Weights, their average, the optimiser
+    # The model, the average of its weights, the optimiser: new, or as an earlier start left them
     torch.manual_seed(args.seed)  # of the weights
     model = DiT(**config).to(device)
     if args.init and not saved:
-        other = load_dit(args.init)  # its average
-        if other.predict != args.predict:
-            way = other.predict
-            raise UserError(f"--init {args.init} predicts {way}: give --predict {way}")
-        weights = other.state_dict()
-        if base and not other.base_head:
-            say(f"--init {args.init} has no base head: that one is new")
-            weights |= model.base_layer.state_dict(prefix="base_layer.")
-        load_strict(model, weights, f"--init {args.init}")
+        load_strict(model, initial_weights(args, model), f"--init {args.init}")
     ema = ModelEmaV3(model, decay=args.ema)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0,
-                                  fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     parts = dict(model=model, ema=ema.module, optimizer=optimizer)
     if saved:
         restore(parts, saved)
-    beside = locate(place, "rae.pt").resolve() == (run / "rae.pt").resolve()
-    origin = str(place) if str(place).startswith("release:") else str(Path(place).resolve())
+        saved = None  # else the old file stays mapped, and on the disk
 
-    def save():
+    def save(path, **parts):
+        same_folder = locate(rae_path, "rae.pt").resolve() == (run / "rae.pt").resolve()
         if rank == 0:
-            save_checkpoint(
-                run / "dit.pt", config=config, fixed=fixed, data=data, step=step, alpha=alpha,
-                classes=[] if unconditional else dataset.classes,
-                rae=None if beside else origin,  # None: in the same folder
-                **{name: part.state_dict() for name, part in parts.items()})
+            save_checkpoint(path, config=config, fixed=fixed, data=data, step=step, alpha=alpha,
+                            classes=[] if unconditional else dataset.classes,
+                            rae=None if same_folder else absolute_path(rae_path),
+                            **{name: part.state_dict() for name, part in parts.items()})
 
-    # Arithmetic, ranks, and the order of the images
-    dtype, autocast = arithmetic(args.dtype, device)
+    # Arithmetic, ranks, the order of the images
+    dtype, autocast = autocast_for(args.dtype, device)
     if args.compile:
-        for block in model.blocks:  # the same code for each
-            block.compile()
-    zeros = [torch.zeros(micro, *x.shape[1:], dtype=x.dtype, device=device) for x in one_image]
-    ddp = distributed(model, autocast, *zeros, base)
-    order = shuffled(len(dataset), args.batch, args.accum, args.seed, step, rank, world)
-    loader = batches(dataset, order, args.workers, device)
-    flops = image_flops(rae, lambda: DiT(**config), *one_image, base)
-    meter = Meter(run, 2, step, total, args.batch, flops, device)
-    say(f"{run}: DiT of {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters on"
-        f" {rae.num_tokens} x {rae.token_dim} latents of {rae.name} ({place}); {data}:"
-        f" {len(dataset)} images, {len(dataset.classes)} classes; alpha {alpha:.3f}, {dtype},"
-        f" {world} x {device.type}, steps {step} to {total}")
+        compile_blocks(model.blocks, device)
+    inputs = (torch.zeros(micro, rae.num_tokens, rae.token_dim, device=device),   # x_t, t, y
+              torch.zeros(micro, device=device), torch.zeros(micro, dtype=torch.int64, device=device))
+    flops = say_cost(f"{run}: DiT", lambda: DiT(**config), *inputs, args.base_head > 0)
+    say(f"{rae.num_tokens} x {rae.token_dim} latents of {rae.name} ({rae_path}); {data}: {len(dataset)}"
+        f" images, {len(dataset.classes)} classes; alpha {alpha:.3f}; {dtype}; {world} x {device.type},"
+        f" {accum} x {micro} images each; steps {step} to {total}")
+    ddp = ddp_in_fixed_order(model, autocast, *inputs, args.base_head > 0)
+    order = shuffled(len(dataset), args.batch, accum, args.seed, step, rank, world)
+    loader = batches(dataset, order, micro, args.workers, device)
 
     # The loop, in optimiser steps
-    asked = stop_signal()  # SIGTERM, Ctrl-C
-    stop = False
+    asked = stop_signal()  # SIGTERM, Ctrl-C, a closed terminal
+    history = defaultdict(list)  # losses since the last line of the log
+    since, clock, stop = step, time.time(), False
     while step < total and not stop:
-        for i in range(args.accum):
+        for i in range(accum):
             images, y, keys = next(loader)
             mirrored = (keys & 1).bool().to(device, non_blocking=True)  # each image's own coin
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-            z = rae.encode(images)  # (B, N, D)
-            with synced(ddp, i == args.accum - 1):
-                with autocast():
-                    loss = flow_matching_loss(ddp, z, y, alpha, keys, args.label_dropout, args.time)
-                (loss / args.accum).backward()
-            meter.add(1 / args.accum, loss=loss.detach())
-        lr = learning_rate(step, epoch, args)
-        meter.skipped(apply_gradients(optimizer, lr, args.clip))
+            z = rae.encode(images)                           # (B, N, D)
+            ddp.require_backward_grad_sync = i == accum - 1  # ranks average once a step
+            with autocast():
+                loss = flow_matching_loss(ddp, z, y, alpha, keys, args.label_dropout, args.time)
+            (loss / accum).backward()
+            remember(history, loss=loss)
+        lr = linear_lr(step, epoch, args)
+        skipped = apply_gradients(optimizer, lr, args.clip)
         ema.update(model)  # after the step
+        remember(history, skipped=skipped)
         step += 1
         stop = any_rank(asked)  # on all ranks at once
 
-        if step % args.log_every == 0 or step == total:
-            meter.line(step, lr)
+        # Save, look, log
         if step % args.save_every == 0 or step == total or stop:
-            with meter.paused():
-                save()  # before all else: a stopped run has seconds
-                if rank == 0 and not stop:
-                    samples = picture(ema.module, rae, alpha, unconditional)
-                    save_picture(samples, run / f"samples/{step:07d}.png", nrow=10)
+            pause = wait_for(device)
+            save(run / "dit.pt", **parts)  # first: a stopped run has seconds
+            if rank == 0 and not stop:
+                pictures = samples(ema.module, rae, alpha, unconditional)
+                save_picture(pictures, run / f"samples/{step:07d}.png", nrow=10)
+            clock += time.time() - pause
+        if args.keep_every and step % max(1, round(args.keep_every * epoch)) == 0:
+            save(run / f"dit_{step:07d}.pt", ema=ema.module)
+        if step % args.log_every == 0 or step == total:
+            means = mean_over_ranks(history, run, step)    # the one device sync ...
+            rate = (step - since) / (time.time() - clock)  # ... so that the clock is read after it
+            record(run, stage=2, step=step, total=total, **means, lr=lr, images_per_s=rate * args.batch,
+                   tflops=rate * args.batch * 3 * flops / 1e12, eta=(total - step) / rate)
+            since, clock = step, time.time()
         if held_out and step % args.eval_every == 0 and not stop:
-            with meter.paused():
-                found = evaluate(ema.module, rae, held_out, alpha, device, unconditional,
-                                 args.workers)
-                log(run, stage=2, step=step, **found)
+            pause = wait_for(device)
+            found = evaluate_dit(ema.module, rae, held_out, alpha, device, unconditional, args.workers)
+            record(run, stage=2, step=step, **found)
+            clock += time.time() - pause
     if stop:
         return say(f"stopped; {run}/dit.pt is at step {step}, and the same command goes on")
-    say(f"wrote {run}/dit.pt and {run}/samples. Next: python sample.py --run {run}")
+    say(f"wrote {run}/dit.pt and {run}/samples. Next: {command('sample.py', '--run', run)}")
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ from torchvision.io import read_image
 from torchvision.utils import make_grid, save_image
 
 from assets.shapes import Shapes
-from fid import frechet_distance, linear_probe, moments, precision_recall, psnr
-from rae import load_rae, start
-from sample import fit_latent_probe
+from assets.probe import fit_latent_probe, linear_probe
+from fid import frechet_distance, moments, precision_recall
+from rae import load_rae, psnr, start
 from train_dit import load_dit, shift_alpha
 
 OUT = ROOT / "out/ablations"
@@ -220,7 +220,7 @@ def guidance(num=2000):
     model = load_dit(ROOT / "assets/demo")
     weak = load_dit(ROOT / "assets/demo/weak.pt")
     score = Score(num)
-    probe = fit_latent_probe(score.rae, "shapes", [0], 10)
+    probe = fit_latent_probe(score.rae, "shapes", 10)
     ways = {
         "none":                          ([1],         {}),
         "classifier-free":               ([1.5, 2, 3], {}),
@@ -235,7 +235,7 @@ def guidance(num=2000):
             found[name].append((scale, scores["fd"]))
             print(f"| {name} | {scale} | {score.row(scores)}", flush=True)
     # Latents are representations: a probe picks the best of 4 before any is decoded
-    best = dict(probe=probe, best_of=4)
+    best = dict(probe=probe, n=4)
     for name, net, options in (("none, best of 4", model, best), ("the weak model alone", weak, {}),
                                ("the weak model, best of 4", weak, best)):
         print(f"| {name} | 1 | {score.row(score(net, **options))}", flush=True)

@@ -23,11 +23,11 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from assets.shapes import Shapes                                                      # noqa: E402
-from fid import frechet_distance, linear_probe, moments, psnr, squared_distances      # noqa: E402
-from rae import (RAE, at_least, build_encoder, load_rae, mix, patchify,               # noqa: E402
+from assets.probe import best_of, linear_probe                                        # noqa: E402
+from fid import frechet_distance, moments                                             # noqa: E402
+from rae import (RAE, at_least, autocast_for, build_encoder, load_rae, mix, patchify, psnr,  # noqa: E402
                  read_weights, save_checkpoint)
 from sample import generate                                                           # noqa: E402
-from train_decoder import arithmetic                                                  # noqa: E402
 from train_dit import load_dit                                                        # noqa: E402
 
 COMMANDS = [
@@ -158,6 +158,8 @@ def pack(source, name, *keys, **extra):
     saved = read_weights(ROOT / source)
     halves = {key: value.half() for key, value in saved["ema"].items()}
     kept = {key: saved[key] for key in keys}
+    if "latents" in saved["fixed"]:  # of a DiT: which autoencoder's it makes
+        kept["latents"] = saved["fixed"]["latents"]
     save_checkpoint(ROOT / "assets/demo" / name, ema=halves, **kept, **extra)
 
 
@@ -204,12 +206,14 @@ def pooled(rae):
     return lambda images: parts(lambda x: rae.tokens(x).mean(1), images)
 
 
-def draw(model, rae, labels, indices, steps=50, **options):
-    """Samples (B,3,H,W) of these labels, as fast as this machine can: bf16 where it has it."""
+def draw(model, rae, labels, indices, steps=50, n=1, probe=None, **options):
+    """Samples (B,3,H,W) of these labels, as fast as this machine can: bf16 where it has it; each the best of n."""
     device = rae.mean.device
     keys = mix(0, 0, indices)
-    _, autocast = arithmetic(None, device)
+    _, autocast = autocast_for(None, device)
     with autocast():
+        if n > 1:
+            return best_of(n, model, rae, probe, labels, keys, model.alpha, steps, **options)
         return generate(model, rae, labels, keys, model.alpha, steps, **options)
 
 
@@ -219,8 +223,8 @@ def nearest(data, images):
     least = torch.full((len(images),), math.inf)
     for indices in torch.arange(len(data)).split(500):
         others = data.render(indices)[0].flatten(1) / 255
-        least = torch.minimum(least, squared_distances(others, images).amin(0))
-    return (least / images.shape[1]).sqrt()
+        least = torch.minimum(least, torch.cdist(others, images).amin(0))
+    return least / images.shape[1] ** 0.5
 
 
 def check(run, num):

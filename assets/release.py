@@ -22,7 +22,7 @@ import torch.nn.functional as F
 if not __package__:                                         # started as a script: the root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from rae import (DECODERS, ENCODERS, Decoder, UserError, fetch, load_strict,          # noqa: E402
+from rae import (DECODERS, ENCODERS, Decoder, UserError, fetch, load_rae, load_strict,  # noqa: E402
                  read_weights, save_checkpoint, sincos_2d, unwrap)
 
 HUB = "nyu-visionx/RAE-collections"
@@ -182,7 +182,7 @@ def statistics(stat, encoder):
 def find(file, folder):
     """Where a file of the hub is on this machine: in `folder`, or else in the hub's cache."""
     if folder is None:
-        return fetch(HUB, file, "`python assets/release.py NAME --from DIR`")
+        return fetch(HUB, file)
     path = Path(folder, file)
     if not path.is_file():
         raise UserError(f"--from {folder}: {file} of {HUB} is expected under this relative path")
@@ -219,7 +219,7 @@ def write_rae(path, encoder, decoder_path, stat_path, weights):
 
 
 def write_dit(path, model_path, **extra):
-    """A released DiT -> dit.pt; extra: what else it says, as `guide` and `scale`."""
+    """A released DiT -> dit.pt; extra: what else it says, as `guide`, `scale`, `latents`."""
     try:
         config, state = convert_dit(read_weights(model_path))
     except UserError as error:
@@ -249,11 +249,12 @@ def convert(name, folder, target, again):
     found = {file: [find(source, folder) for source in sources[file]] for file in missing}
     if "rae.pt" in missing:
         write_rae(target / "rae.pt", encoder, *found["rae.pt"], encoder_weights(encoder, folder))
+    latents = load_rae(target / "rae.pt", decode_only=True).latents
     if "guide.pt" in missing:
-        write_dit(target / "guide.pt", *found["guide.pt"], scale=1.0)
+        write_dit(target / "guide.pt", *found["guide.pt"], scale=1.0, latents=latents)
     if "dit.pt" in missing:
         guide = dict(guide="guide.pt") if weak else {}
-        write_dit(target / "dit.pt", *found["dit.pt"], scale=scale, **guide)
+        write_dit(target / "dit.pt", *found["dit.pt"], scale=scale, latents=latents, **guide)
 
 
 def release(name, folder=None, out=OUT, again=False):

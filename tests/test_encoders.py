@@ -210,12 +210,12 @@ def test_weights_are_read_as_timm_and_as_the_authors_publish_them(name, convert,
 
 @pytest.mark.parametrize("break_it, sentence", [
     (lambda s: s.pop("blocks.1.mlp.fc1.bias"),
-     "encoder tiny: weights of another model: 1 missing .blocks.1.mlp.fc1.bias"),
-    (lambda s: s.update({"blocks.1.ls1.gamma": torch.ones(96)}), "1 foreign .blocks.1.ls1.gamma"),
+     "encoder tiny: weights of another model: Missing key.*blocks.1.mlp.fc1.bias"),
+    (lambda s: s.update({"blocks.1.ls1.gamma": torch.ones(96)}), "Unexpected key.*blocks.1.ls1.gamma"),
     (lambda s: s.update({"blocks.1.attn.proj.weight": torch.ones(95, 96)}),
-     "1 misshapen .blocks.1.attn.proj.weight"),
-    (lambda s: s.update(pos_embed=torch.ones(1, 26, 96)), "1 misshapen .pos_embed"),
-    (lambda s: s.clear(), "missing .blocks.0.attn.proj.bias")])
+     "size mismatch for blocks.1.attn.proj.weight"),
+    (lambda s: s.update(pos_embed=torch.ones(1, 26, 96)), "size mismatch for pos_embed"),
+    (lambda s: s.clear(), "Missing key.*pos_embed")])
 def test_weights_of_another_model_are_refused(break_it, sentence, tmp_path):
     state = random_weights("tiny")
     break_it(state)

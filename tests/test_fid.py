@@ -1,9 +1,10 @@
 """fid.py against closed forms, brute force, and golden figures of an independent Inception."""
 import hashlib
+import io
 import json
 import os
 import shutil
-import zipfile
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,11 @@ from torch import nn
 from torchvision.models import Inception3
 
 import fid
+from assets import probe
 from assets.shapes import Shapes
-from conftest import inside, launch
-from rae import RAE, UserError, center_crop, good, open_val, quiet_worker, read_image, save_checkpoint
+from conftest import ENVIRONMENT, as_it_was, inside, launch
+from rae import (RAE, UserError, center_crop, evenly, load_lpips, open_val, psnr, read_image, save_checkpoint,
+                 ssim)
 
 HERE = Path(__file__).parent
 
@@ -146,14 +149,14 @@ def test_inception_features_and_bias_free_logits_are_those_of_an_independent_imp
 
 
 def test_inception_refuses_foreign_weights_and_float_images():
-    with pytest.raises(UserError, match="foreign"):
+    with pytest.raises(UserError, match="Unexpected key.*conv1"):
         fid.Inception({"conv1.weight": torch.zeros(1)})
     with pytest.raises(UserError, match="uint8"):
         fid.Inception("random")(torch.zeros(1, 3, 32, 32))
 
 
-def test_without_the_inception_weights_one_sentence_names_the_file_and_the_flag(monkeypatch):
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
+def test_without_the_inception_weights_one_sentence_names_the_file_and_the_flag(monkeypatch, tmp_path):
+    no_network(monkeypatch, tmp_path)
     with pytest.raises(UserError, match="pt_inception-2015-12-05-6726825d.pth.*--inception-weights") as error:
         fid.Inception()
     assert "\n" not in str(error.value)
@@ -211,7 +214,7 @@ def test_linear_probe_reaches_the_best_possible_accuracy_of_two_gaussians():
     x = torch.randn(20_000, 6)
     x[:, 0] += 2 * labels                                                     # 2 standard deviations apart
     x = x * torch.tensor([1e-4, 1, 1, 1, 1, 1e3]) + 5                         # scales must not matter
-    top1 = fid.linear_probe(x[:10_000], labels[:10_000], x[10_000:], labels[10_000:])
+    top1 = probe.linear_probe(x[:10_000], labels[:10_000], x[10_000:], labels[10_000:])
     assert top1 == pytest.approx(torch.special.ndtr(torch.tensor(1.0)).item(), abs=0.01)
 
 
@@ -220,14 +223,14 @@ def test_linear_probe_reaches_the_best_possible_accuracy_of_two_gaussians():
 def test_psnr_is_that_of_a_constant_error_per_image():
     a = torch.rand(3, 3, 16, 16) / 2
     b = a + torch.tensor([0.1, 0.01, 0.0]).view(3, 1, 1, 1)
-    torch.testing.assert_close(fid.psnr(a, b), torch.tensor([20.0, 40, 100]).double(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(psnr(a, b), torch.tensor([20.0, 40, 100]).double(), rtol=1e-4, atol=0)
 
 
 def test_ssim_of_constant_images_is_the_luminance_term_and_of_identical_ones_1():
     a, b = torch.full((1, 3, 16, 20), 0.2), torch.full((1, 3, 16, 20), 0.6)
     expected = (2 * 0.2 * 0.6 + 1e-4) / (0.2 ** 2 + 0.6 ** 2 + 1e-4)
-    assert fid.ssim(a, b).item() == pytest.approx(expected, rel=1e-5)
-    torch.testing.assert_close(fid.ssim(noise := torch.rand(2, 3, 32, 32), noise), torch.ones(2).double())
+    assert ssim(a, b).item() == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(ssim(noise := torch.rand(2, 3, 32, 32), noise), torch.ones(2).double())
 
 
 def test_ssim_of_one_window_is_the_formula_with_gaussian_weights():
@@ -235,7 +238,7 @@ def test_ssim_of_one_window_is_the_formula_with_gaussian_weights():
     a, b = torch.rand(2, 3, 11, 11), torch.rand(2, 3, 11, 11)
     g = np.exp(-(np.arange(11) - 5) ** 2 / 4.5)
     w = np.outer(g, g) / g.sum() ** 2
-    for found, image, other in zip(fid.ssim(a, b), a.double().numpy(), b.double().numpy()):
+    for found, image, other in zip(ssim(a, b), a.double().numpy(), b.double().numpy()):
         expected = []
         for p, q in zip(image, other):
             mp, mq = (w * p).sum(), (w * q).sum()
@@ -247,7 +250,7 @@ def test_ssim_of_one_window_is_the_formula_with_gaussian_weights():
 
 def test_lpips_is_its_formula_on_normalised_features_of_both_images():
     torch.manual_seed(0)
-    network, (a, b) = fid.load_lpips(vgg="random"), torch.rand(2, 2, 3, 32, 32) * 2 - 1
+    network, (a, b) = load_lpips(vgg="random"), torch.rand(2, 2, 3, 32, 32) * 2 - 1
     shift = torch.tensor([-0.030, -0.088, -0.188])                            # ImageNet's, for [-1, 1]
     scale = torch.tensor([0.458, 0.448, 0.450])
     maps = [network.net((x - shift.view(3, 1, 1)) / scale.view(3, 1, 1)) for x in (a, b)]
@@ -261,7 +264,7 @@ def test_lpips_is_its_formula_on_normalised_features_of_both_images():
 
 def test_lpips_weighs_its_small_differences_in_fp32_under_autocast():
     torch.manual_seed(0)
-    network, (a, b) = fid.load_lpips(vgg="random"), torch.rand(2, 1, 3, 32, 32) * 2 - 1
+    network, (a, b) = load_lpips(vgg="random"), torch.rand(2, 1, 3, 32, 32) * 2 - 1
     seen = []
 
     def look(layer, inputs, output):
@@ -281,12 +284,12 @@ def test_lpips_takes_the_published_vgg_file_and_refuses_others(tmp_path):
     state = vgg16(weights=None).state_dict()
     state = {key: value for key, value in state.items() if key.startswith("features.")}
     torch.save(state | {"classifier.0.bias": torch.zeros(2)}, tmp_path / "vgg.pth")
-    network = fid.load_lpips(vgg=tmp_path / "vgg.pth")
+    network = load_lpips(vgg=tmp_path / "vgg.pth")
     x = torch.rand(1, 3, 32, 32)
     torch.testing.assert_close(network.net(x)[4], vgg16_features(state, x))
     torch.save({key: value for key, value in state.items() if key != "features.7.bias"}, tmp_path / "vgg.pth")
-    with pytest.raises(ValueError, match="1 missing .slice2.7.bias"):
-        fid.load_lpips(vgg=tmp_path / "vgg.pth")
+    with pytest.raises(ValueError, match="Missing key.*slice2.7.bias"):
+        load_lpips(vgg=tmp_path / "vgg.pth")
 
 
 def vgg16_features(state, x):
@@ -297,10 +300,10 @@ def vgg16_features(state, x):
     return x
 
 
-def test_without_vgg_one_sentence_names_the_file_and_the_flag(monkeypatch):
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
+def test_without_vgg_one_sentence_names_the_file_and_the_flag(monkeypatch, tmp_path):
+    no_network(monkeypatch, tmp_path)
     with pytest.raises(ValueError, match="vgg16-397923af.pth.*--lpips-vgg"):
-        fid.load_lpips()
+        load_lpips()
 
 
 # The program
@@ -314,14 +317,18 @@ def pictures(n, seed=0, side=32):
 TINY = ["--features", "tiny", "--encoder-weights", "random"]                  # nothing to download
 
 
-def no_network(*args, **kwargs):
-    raise OSError("no network")
+def no_network(monkeypatch, folder):
+    """Nothing is downloaded, and nothing was before."""
+    def refuse(*args, **options):
+        raise OSError("no network")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(folder / "cache"))
 
 
 @pytest.fixture
 def judge(monkeypatch, tmp_path):
     """fid.py with these arguments -> its JSON; no process is started, and no weights are downloaded."""
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
+    no_network(monkeypatch, tmp_path)
     return lambda *arguments: json.loads(inside("fid.py", *arguments, cwd=tmp_path).splitlines()[-1])
 
 
@@ -420,7 +427,7 @@ def test_the_judge_takes_features_and_logits_of_inception(judge, tmp_path):
 def test_the_inception_score_needs_no_reference(judge, tmp_path, monkeypatch):
     torch.manual_seed(0)
     features, logits = torch.randn(30, 2048), 5 * torch.randn(30, 1008)
-    monkeypatch.setattr(fid, "per_image", lambda *args: (torch.cat([features, logits], 1), None))
+    monkeypatch.setattr(fid, "per_image", lambda *args: torch.cat([features, logits], 1))
     monkeypatch.setattr(fid, "Inception", nn.Identity)
     np.savez(tmp_path / "fake.npz", arr_0=pictures(30))
     alone = judge("fake.npz")
@@ -434,7 +441,7 @@ def test_precision_and_recall_take_as_many_real_images_as_adms_file_has(judge, t
     torch.manual_seed(0)
     sides = [torch.randn(500, 96), torch.randn(10_500, 96)]                   # of GENERATED, of REFERENCE
     calls = iter(sides)
-    monkeypatch.setattr(fid, "per_image", lambda *args: (next(calls), None))
+    monkeypatch.setattr(fid, "per_image", lambda *args: next(calls))
     seen = []
     monkeypatch.setattr(fid, "precision_recall", lambda *args: seen.append(args) or (0, 0))
     judge("fake.npz", "real.npz", *TINY)
@@ -449,7 +456,7 @@ def test_a_judge_computes_in_fp32(judge, tmp_path, monkeypatch):
 
     def look(*args):
         seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
-        return torch.zeros(5, 96), None
+        return torch.zeros(5, 96)
 
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     monkeypatch.setattr(fid, "per_image", look)
@@ -496,32 +503,12 @@ def first_pixel(images):
 
 def test_rows_keep_the_order_of_the_data_set_whatever_part_of_it_is_taken(tmp_path):
     data = fid.open_source(str(numbered(tmp_path / "folder"))).images
-    rows, labels = fid.per_image(data, first_pixel, 2, CPU)
-    assert rows[:, 0].tolist() == [20 * i for i in range(9)] and labels.tolist() == [0] * 9
-    rows, _ = fid.per_image(data, first_pixel, 2, CPU, 4)
-    assert rows[:, 0].tolist() == [20 * i for i in sorted(np.random.RandomState(0).permutation(9)[:4])]
-    rows, labels = fid.per_image(Shapes(32), first_pixel, 7, CPU, 30)
-    assert labels.tolist() == [i % 10 for i in sorted(np.random.RandomState(0).permutation(50_000)[:30])]
-
-
-def test_loader_processes_are_few_and_leave_signals_alone(tmp_path, monkeypatch):
-    seen = []
-
-    def loader(dataset, **options):
-        seen.append(options)
-        return [good([dataset[item] for item in items]) for items in options["batch_sampler"]]
-
-    monkeypatch.setattr(fid, "DataLoader", loader)
-    monkeypatch.setattr(fid, "worker_count", lambda data: 3 if hasattr(data, "samples") else 0)
-    np.savez(tmp_path / "array.npz", arr_0=pictures(5))
-    for source in (numbered(tmp_path / "folder"), tmp_path / "array.npz"):
-        fid.per_image(fid.open_source(str(source)).images, first_pixel, 2, CPU)
-    assert [options["num_workers"] for options in seen] == [3, 0]
-    assert all(options["worker_init_fn"] is quiet_worker for options in seen)
+    assert fid.per_image(data, first_pixel, 2, CPU)[:, 0].tolist() == [20 * i for i in range(9)]
+    assert fid.per_image(data, first_pixel, 2, CPU, 4)[:, 0].tolist() == [20 * i for i in evenly(9, 4)]
 
 
 @pytest.mark.parametrize("broken, says", [([4], "^1 of 9 .*4.png"), ([0, 1, 7], "^3 of 9 .*0.png"),
-                                          (range(9), "^9 of 9")])
+                                          (range(8), "^8 of 9 .*0.png")])
 def test_files_that_cannot_be_decoded_are_named_and_end_a_metric(tmp_path, capfd, broken, says):
     folder = numbered(tmp_path / "folder")
     for i in broken:
@@ -539,38 +526,89 @@ def test_a_file_that_one_rank_cannot_decode_ends_all_ranks(tmp_path):
     breaks(folder / "4.png")
     np.savez(tmp_path / "fake.npz", arr_0=pictures(20))
     text = launch("fid.py", "fake.npz", folder, *TINY, "--batch", 3, cwd=tmp_path, ranks=2, expect=1)
-    assert "1 of 9 images cannot be decoded" in text and "4.png" in text
+    assert "1 of 9 images cannot be read" in text and "4.png" in text
     assert f'File "{fid.__file__}"' not in text                               # no traceback
 
 
-def test_broken_files_end_the_probe_and_the_judge_of_reconstructions_too(judge, photos, tmp_path):
-    for part, at in (("train", 1), ("val", 2)):
-        shutil.rmtree(tmp_path / "data", ignore_errors=True)
-        for split in ("train", "val"):
-            shutil.copytree(photos, tmp_path / "data" / split)
-        breaks(tmp_path / f"data/{part}/class{at}/{at}.png")
-        with pytest.raises(UserError, match=f"^1 of 40 .*{part}/class{at}/{at}.png"):
-            judge("--probe", "--data", "data", "--features", "tiny")
+def test_a_download_that_was_cut_short_is_named_in_a_sentence(monkeypatch, tmp_path):
+    """In the cache, as a machine that lost its network leaves it: for metrics, and for LPIPS."""
+    no_network(monkeypatch, tmp_path)
+    (tmp_path / "cache/checkpoints").mkdir(parents=True)
+    for name, load in ((fid.WEIGHTS, fid.Inception), ("vgg16-397923af.pth", load_lpips)):
+        torch.save({"weight": torch.zeros(100)}, tmp_path / "cache/checkpoints" / name)
+        whole = (tmp_path / "cache/checkpoints" / name).read_bytes()
+        (tmp_path / "cache/checkpoints" / name).write_bytes(whole[:300])
+        with pytest.raises(UserError, match=f"cache/checkpoints/{name} is cut short or damaged, remove it") as error:
+            load()
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("address", ["socks5://127.0.0.1:1", "nonsense://x", "http://127.0.0.1:1"])
+def test_a_proxy_that_is_set_wrongly_is_no_traceback(address, tmp_path):
+    for script, flags in (("fid.py", ("fake.npz",)), ("rae.py", ("photo.png", "--run", "release:mae_b"))):
+        np.savez(tmp_path / "fake.npz", arr_0=pictures(5))
+        Image.fromarray(pictures(1)[0]).save(tmp_path / "photo.png")
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("ALL_PROXY", "HTTPS_PROXY", "https_proxy", "all_proxy"):
+                patch.setenv(name, address)
+            patch.setitem(ENVIRONMENT, "HF_HUB_OFFLINE", "0")
+            patch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+            text = launch(script, *flags, cwd=tmp_path, expect=1)
+        assert "Traceback" not in text and ("cannot download" in text or "cannot fetch" in text)
+
+
+def test_broken_files_end_the_judge_of_reconstructions_too(judge, photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "data/val")
+    breaks(tmp_path / "data/val/class2/2.png")
     with pytest.raises(UserError, match="^1 of 40 .*val/class2/2.png"):
         judge("--rae", run(tmp_path), "--data", "data/val", *TINY)
 
 
-def test_a_link_that_leads_nowhere_is_found_before_the_work(judge, photos, no_work, tmp_path):
+def test_a_link_that_leads_nowhere_is_a_broken_file(judge, photos, tmp_path):
     numbered(tmp_path / "flat")
-    for split in ("train", "val"):
-        shutil.copytree(photos, tmp_path / "data" / split)
+    shutil.copytree(photos, tmp_path / "data/val")
     np.savez(tmp_path / "fake.npz", arr_0=pictures(20))
     run(tmp_path)
     commands = [(["fake.npz", "flat"], "flat"), (["fake.npz", "data/val"], "data/val/class0"),
-                (["--rae", ".", "--data", "data/val"], "data/val/class0"),
-                (["--probe", "--data", "data"], "data/train/class0"),
-                (["--probe", "--data", "data"], "data/val/class0")]
+                (["--rae", ".", "--data", "data/val"], "data/val/class0")]
     for arguments, place in commands:
         os.symlink("gone.png", tmp_path / place / "link.png")
         with pytest.raises(UserError, match=f"{place}/link.png") as error:
             judge(*arguments, *TINY)
         assert "\n" not in str(error.value)
         (tmp_path / place / "link.png").unlink()
+
+
+def test_pictures_turned_by_their_cameras_are_measured_as_they_are_seen(judge, tmp_path):
+    """Two of 96 x 72, one of which EXIF turns, are two sizes; two that are both seen as 72 x 96 are one."""
+    (tmp_path / "flat").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    lying = Image.fromarray(pictures(1, side=96)[0][:72])
+    lying.save(tmp_path / "flat/a.jpg", exif=exif)
+    lying.save(tmp_path / "flat/b.jpg")
+    np.savez(tmp_path / "fake.npz", arr_0=pictures(20))
+    with pytest.raises(UserError, match="1 of 2 images cannot be read .*b.jpg"):
+        judge("flat", *TINY)
+    lying.rotate(-90, expand=True).save(tmp_path / "flat/b.jpg")
+    assert fid.open_source(str(tmp_path / "flat")).size == [96, 72]
+
+
+def test_files_that_lost_pixels_are_said(judge, tmp_path):
+    for kind, lossy in (("png", False), ("jpg", True)):
+        (tmp_path / kind).mkdir()
+        for i, image in enumerate(pictures(5)):
+            Image.fromarray(image).save(tmp_path / kind / f"{i}.{kind}")
+        assert ("compressed with loss" in said(judge(tmp_path / kind, *TINY))) == lossy
+
+
+def test_two_or_three_images_have_a_distance_if_no_recall(judge, tmp_path):
+    np.savez(tmp_path / "real.npz", arr_0=pictures(20, seed=1))
+    for count in (2, 3, 4):
+        np.savez(tmp_path / "fake.npz", arr_0=pictures(count))
+        result = judge("fake.npz", "real.npz", *TINY)
+        assert result["fd"] > 0 and result["n"] == count and ("recall" in result) == (count > 3)
+        assert ("need 4 images" in said(result)) == (count < 4)
 
 
 def test_saved_statistics_stand_in_for_the_images_they_were_made_of(judge, pair, tmp_path):
@@ -608,12 +646,6 @@ def test_an_output_that_is_an_input_is_refused(judge, no_work, tmp_path, output)
     assert before == ((tmp_path / "real.npz").read_bytes(), (tmp_path / "fake.npz").read_bytes())
 
 
-def test_a_place_for_statistics_that_cannot_be_is_refused_before_the_work(judge, no_work, tmp_path):
-    np.savez(tmp_path / "fake.npz", arr_0=pictures(20))
-    with pytest.raises(UserError, match="could not be written"):
-        judge("fake.npz", *TINY, "--save-stats", "fake.npz/stats.npz")
-
-
 @pytest.mark.parametrize("flag", ["--num", "--batch"])
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1", "0", "1.5", "many"])
 def test_numbers_out_of_range_are_refused(judge, no_work, tmp_path, capsys, flag, value):
@@ -627,34 +659,13 @@ def test_arguments_that_would_be_ignored_are_refused(judge, no_work, tmp_path, c
     np.savez(tmp_path / "a.npz", arr_0=pictures(20))
     rae = "--rae", "x", "--data", "shapes"
     for arguments in ([], ["--data", "shapes"], ["--rae", "x"], ["a.npz", "a.npz", *rae],
-                      ["--probe", "a.npz"], ["a.npz", "--probe", "--data", "shapes"],
-                      ["--probe", "--data", "shapes"],
-                      ["--probe", "--data", "shapes", "--features", "tiny", "--save-stats", "s.npz"]):
+                      ["a.npz", "--data", "shapes"]):
         with pytest.raises(SystemExit):
             judge(*arguments)
         assert "fid.py: error:" in capsys.readouterr().err.splitlines()[-1], arguments
 
 
 # Images in an archive
-
-def test_images_that_are_not_compressed_are_mapped_and_not_read(tmp_path):
-    images = pictures(20)
-    np.savez(tmp_path / "plain.npz", labels=np.arange(20), arr_0=images)
-    np.savez_compressed(tmp_path / "packed.npz", labels=np.arange(20), arr_0=images)
-    np.savez(tmp_path / "turned.npz", labels=np.arange(20), arr_0=np.asfortranarray(images))
-    np.save(tmp_path / "array.npy", images)
-    with zipfile.ZipFile(tmp_path / "ours.npz", "w") as file:                 # as sample.py writes it
-        file.write(tmp_path / "array.npy", "arr_0.npy")
-        with file.open("labels.npy", "w") as member:
-            np.lib.format.write_array(member, np.arange(20))
-    for name, mapped in (("plain", True), ("packed", False), ("turned", False), ("ours", True)):
-        source = fid.open_source(str(tmp_path / f"{name}.npz"))
-        assert isinstance(source.images.images, np.memmap) == mapped, name
-        assert (source.images.images == images).all() and source.size == [32, 32] and len(source.images) == 20
-        assert source.arrays["labels"].tolist() == [*range(20)] and "arr_0" not in source.arrays
-        image, _, key = source.images[3, 5]
-        assert (image.permute(1, 2, 0).numpy() == images[3]).all() and key == 5
-
 
 @pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
 def test_an_archive_with_one_bad_byte_is_refused(tmp_path, write):
@@ -765,13 +776,13 @@ def reconstructions(folder, images):
 def test_reconstructions_are_judged_against_their_originals(judge, tmp_path):
     arguments = "--rae", run(tmp_path), "--data", "shapes", "--num", 40, *TINY
     result = judge(*arguments)
-    chosen = np.sort(np.random.RandomState(0).permutation(10_000)[:40])
+    chosen = torch.tensor(evenly(10_000, 40))
     shapes = open_val("shapes", None, 32)
     images = torch.stack([shapes[i, 0][0] for i in chosen.tolist()]).float() / 255
     copies = reconstructions(tmp_path, images)
     psnr = -10 * (images - copies).square().mean((1, 2, 3)).log10()
     assert result["psnr"] == pytest.approx(psnr.mean().item(), rel=1e-3)
-    assert result["ssim"] == pytest.approx(fid.ssim(images, copies).mean().item(), abs=1e-3)
+    assert result["ssim"] == pytest.approx(ssim(images, copies).mean().item(), abs=1e-3)
     assert result["n"] == result["reference_n"] == 40 and result["rfd"] > 0
     assert result["lpips"] is None and "vgg16" in " ".join(result["warnings"])
 
@@ -795,7 +806,7 @@ def test_reconstructions_are_judged_as_images_of_8_bits(judge, photos, tmp_path,
     other = (b - (2 * copies - 1)).abs()
     assert (other > 1e-4).double().mean() < 1e-3 and other.max() < 2.1 / 255  # but for ties
     assert result["lpips"] == pytest.approx((a - b).abs().mean().item(), rel=1e-5)
-    assert result["psnr"] == pytest.approx(fid.psnr(images, copies).mean().item(), rel=1e-4)
+    assert result["psnr"] == pytest.approx(psnr(images, copies).mean().item(), rel=1e-4)
     expected = fid.frechet_distance(*fid.moments(tokens(copies)), *fid.moments(tokens(images)))
     assert result["rfd"] == pytest.approx(expected, rel=1e-2) and result["reference"] == str(photos)
     assert result["n"] == result["reference_n"] == 40 and result["reference_sha256"] is None
@@ -815,21 +826,36 @@ def test_weights_of_lpips_that_were_named_have_to_be_right(judge, no_work, tmp_p
     with pytest.raises(UserError, match="vgg.pth: no such file"):
         judge("--rae", run(tmp_path), "--data", "shapes", *TINY, "--lpips-vgg", tmp_path / "vgg.pth")
 
-def test_the_probe_of_tokens_beats_chance_on_shapes(judge):
-    result = judge("--probe", "--data", "shapes", "--num", 400, *TINY)
+@pytest.fixture
+def top1(monkeypatch, tmp_path):
+    def run(*flags):
+        with as_it_was():
+            monkeypatch.setattr("sys.argv", ["probe.py", *map(str, flags)])
+            with redirect_stdout(io.StringIO()) as text:
+                probe.main()
+        return json.loads(text.getvalue().splitlines()[-1])
+    return run
+
+
+def test_the_probe_of_tokens_beats_chance_on_shapes(top1):
+    result = top1("--num", 400)
     assert result["probe_top1"] > 0.15 and result["n"] == result["n_train"] == 400 and result["classes"] == 10
 
 
-def test_the_probe_learns_from_training_images_and_is_tested_on_others(judge, tmp_path, monkeypatch):
+def test_the_probe_learns_from_training_images_and_is_tested_on_others(top1, monkeypatch):
     seen = []
-    monkeypatch.setattr(fid, "linear_probe", lambda *args: seen.append(args) or 0.5)
-    result = judge("--probe", "--data", "shapes", "--num", 30, "--features", "tiny")
+    monkeypatch.setattr(probe, "linear_probe", lambda *args: seen.append(args) or 0.5)
+    result = top1("--encoder", "tiny", "--data", "shapes", "--num", 30)
     for (x, y), first, count in ((seen[0][:2], 0, 50_000), (seen[0][2:], 50_000, 10_000)):
-        chosen = first + np.sort(np.random.RandomState(0).permutation(count)[:30])
-        images, labels = Shapes(32).render(torch.from_numpy(chosen))
+        images, labels = Shapes(32).render(first + torch.tensor(evenly(count, 30)))
         torch.testing.assert_close(x, tokens(images.float() / 255), rtol=1e-3, atol=1e-3)
         assert y.tolist() == labels.tolist()
     assert result["probe_top1"] == 0.5 and result["encoder"] == "tiny"
+
+
+def test_a_probe_needs_both_parts_of_a_data_set(top1, photos):
+    with pytest.raises(UserError, match="needs train/ and val/, of the same classes"):
+        top1("--data", photos)
 
 
 @pytest.mark.parametrize("problem, says", [
@@ -837,8 +863,8 @@ def test_the_probe_learns_from_training_images_and_is_tested_on_others(judge, tm
     ("array.npy", "cannot be read"), ("truncated.npz", "cannot be read"), ("keys.npz", "holds other"),
     ("half.npz", "holds mu"),
     ("float.npz", "float32"), ("grey.npz", r"\(20, 32, 32\)"), ("one.npz", "1 image"),
-    ("none.npz", "0 image"), ("text", "cannot identify"),
-    ("wide.npz", "96"), ("foreign.npz", "dinov2_s"), ("mixed", "mixed sizes"), ("empty", "without images")])
+    ("none.npz", "0 image"), ("text", "not one image can be read"),
+    ("wide.npz", "96"), ("foreign.npz", "dinov2_s"), ("mixed", "64.png"), ("empty", "no image that is read")])
 def test_wrong_input_gets_one_sentence_before_long_work(judge, tmp_path, problem, says):
     np.savez(tmp_path / "good.npz", arr_0=pictures(20))
     np.savez(tmp_path / "keys.npz", other=np.zeros(3))

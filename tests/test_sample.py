@@ -10,8 +10,9 @@ from torchvision.transforms.functional import to_pil_image
 
 import sample
 from rae import RAE, load_rae, mix, normals
-from sample import balanced_label, euler, fit_latent_probe, generate, guided, pick_classes, sample_times
-from train_dit import DiT
+from assets.probe import best_of, fit_latent_probe
+from sample import balanced_label, generate, guided, pick_classes
+from train_dit import DiT, euler, sample_times
 
 CPU = torch.device("cpu")
 
@@ -95,7 +96,7 @@ def test_the_best_of_n_is_the_likeliest_latent_and_n_nests():
     def probe(means):                                                         # the model is new, z is the noise itself
         seen.append(means)
         return means[:, :10]
-    best = generate(model, rae, labels, keys, 2.0, 2, probe=probe, best_of=3)
+    best = best_of(3, model, rae, probe, labels, keys, 2.0, 2)
     noise = normals(torch.stack([keys, mix(keys, 1), mix(keys, 2)], 1).flatten(), 16 * 96, CPU).view(12, 16, 96)
     torch.testing.assert_close(seen[0], (noise * std + rae.mean).mean(1))
     fits = seen[0][:, :10].log_softmax(1).view(4, 3, 10)[torch.arange(4), :, labels]
@@ -108,7 +109,7 @@ def test_the_best_of_n_is_the_likeliest_latent_and_n_nests():
     assert (picked > 0).any()
     for bf16 in (False, True):                                                # in which they would all tie
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            best = generate(model, rae, threes, keys, 2.0, 2, probe=sure, best_of=3)
+            best = best_of(3, model, rae, sure, threes, keys, 2.0, 2)
         chosen = decoded(noise.view(4, 3, 16, 96)[torch.arange(4), picked])
         assert (best - chosen).abs().mean() < 0.01, bf16
     one = generate(model, rae, labels, keys, 2.0, 2)                          # of one: no probe, the plain samples
@@ -137,14 +138,14 @@ def test_the_probe_of_best_of_tells_classes_by_their_mean_token(tmp_path):
         (tmp_path / "ABC"[i % 3]).mkdir(exist_ok=True)
         to_pil_image(image).save(tmp_path / "ABC"[i % 3] / f"{i}.png")
     rae = RAE("tiny", "tiny", 32).load_encoder().requires_grad_(False)
-    probe = fit_latent_probe(rae, str(tmp_path), [0, 2], 3)
+    probe = fit_latent_probe(rae, str(tmp_path), 3)
     for label in range(3):
         images = torch.rand(4, 3, 32, 32) * 0.2
         images[:, label] += 0.7
         assert (probe(rae.tokens(images).mean(1)).argmax(1) == label).all()
-    for columns, num_classes in (([3], 3), ([0], 2), ([0], 4)):               # the null class; another model's
+    for num_classes in (2, 4):                                                # another model's
         with pytest.raises(ValueError, match="has 3"):
-            fit_latent_probe(rae, str(tmp_path), columns, num_classes)
+            fit_latent_probe(rae, str(tmp_path), num_classes)
 
 
 # The script, against Euler steps by hand
@@ -254,29 +255,6 @@ def test_a_grid_has_a_column_for_each_class(made, tmp_path, monkeypatch):
     check_pixels(np.stack(tiles), images)
 
 
-def test_the_best_of_two_by_the_fitted_probe_is_what_is_written(made, tmp_path, monkeypatch):
-    folder, model, _, decoded = made
-    torch.manual_seed(3)
-    probe = torch.nn.Linear(96, 3).requires_grad_(False)
-    asked = []
-
-    def fitted(rae, data, columns, num_classes):
-        asked.append((data, columns))
-        return probe
-    monkeypatch.setattr(sample, "fit_latent_probe", fitted)
-    run(monkeypatch, folder, "--npz", tmp_path / "s.npz", "--num", 8, "--best-of", 2, "--batch", 6,
-        "--data", "somewhere")
-    assert asked == [("somewhere", [0, 1, 2])]
-    labels, keys = balanced_label(0, torch.arange(8), 3), mix(0, 0, torch.arange(8))
-    both = torch.stack([integrated(at(model, labels), k) for k in (keys, mix(keys, 1))])
-    state = torch.load(folder / "rae.pt", weights_only=True)
-    means = (both * (state["var"] + 1e-5).sqrt() + state["mean"]).mean(2)     # (2, 8, 96)
-    better = probe(means).log_softmax(-1)[:, torch.arange(8), labels].argmax(0)
-    assert 0 < better.sum() < 8
-    with np.load(tmp_path / "s.npz") as archive:
-        check_pixels(archive["arr_0"], decoded(both[better, torch.arange(8)]))
-
-
 def test_a_model_without_classes_and_a_demand_for_none_sample_the_null_class(made, tmp_path, monkeypatch):
     folder, model, _, decoded = made
     state = torch.load(folder / "dit.pt", weights_only=True)
@@ -303,8 +281,8 @@ def test_a_checkpoint_brings_its_guide_and_scale_along_unless_one_is_given(made,
 
 def test_samples_of_the_bundled_demo_are_compared_with_shapes_next():
     demo = load_rae(Path(sample.__file__).parent / "assets/demo", decode_only=True)
-    said = sample.next_command(argparse.Namespace(npz="s.npz", run=None), demo)
-    assert said == "python fid.py s.npz shapes/val --features tiny"
+    said = sample.next_step(argparse.Namespace(npz="my s.npz", run=None), demo)
+    assert said == "python fid.py 'my s.npz' shapes/val --features tiny"
 
 
 def test_a_model_whose_autoencoder_was_moved_away_says_where_it_was(made, tmp_path, monkeypatch):

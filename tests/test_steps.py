@@ -21,8 +21,8 @@ import fid
 import train_decoder
 import train_dit
 from rae import (DECODERS, RAE, Decoder, center_crop, load_rae, mix, normals, open_data, open_val,
-                 random_crop, read_image)
-from train_decoder import Discriminator, shuffled
+                 random_crop, read_image, shuffled, ssim)
+from train_decoder import Discriminator
 from train_dit import DiT, load_dit
 
 TRAIN, HELD = 12, 8                                                           # images
@@ -109,7 +109,7 @@ def micros_of(run, step):
 
 
 def accumulation(flags):
-    return flags[flags.index("--accum") + 1] if "--accum" in flags else 1
+    return BATCH // flags[flags.index("--micro") + 1] if "--micro" in flags else 1
 
 
 def mean_of(rows):
@@ -335,7 +335,7 @@ def test_a_step_of_the_discriminator_is_the_papers(stage_1, step):
 
 def test_accumulated_adversarial_steps_are_means_over_micro_batches_each_with_its_own_lambda(
         pictures, tmp_path):
-    accumulated = run_stage_1(tmp_path, pictures, "--accum", 3, "--steps", 5)             # of 8
+    accumulated = run_stage_1(tmp_path, pictures, "--micro", 2, "--steps", 5)             # of 8
     check_decoder_step(accumulated, 0)
     check_decoder_step(accumulated, 4)
     check_discriminator_step(accumulated, 4)
@@ -407,7 +407,7 @@ def test_stage_1_evaluates_the_average_on_held_out_images_and_noisy_latents(stag
         assert line[f"psnr{at}"] == pytest.approx(psnr.mean().item(), rel=1e-5)
         lpips = perceptual(2 * copies - 1, 2 * images - 1)
         assert line[f"lpips{at}"] == pytest.approx(lpips.mean().item(), rel=1e-4)
-        similarity = fid.ssim(copies, images).mean().item()
+        similarity = ssim(copies, images).mean().item()
         assert line[f"ssim{at}"] == pytest.approx(similarity, rel=1e-3, abs=1e-5)
 
 
@@ -544,12 +544,12 @@ def test_a_step_without_head_shift_and_clipping_at_uniform_times_is_the_papers(
 
 
 def test_an_accumulated_step_is_clipped_once_to_the_norm_given(stage_1, autoencoder, pictures, tmp_path):
-    clipped = run_stage_2(tmp_path, pictures, stage_1.folder, "--clip", 0.5, "--accum", 2, "--steps", 1)
+    clipped = run_stage_2(tmp_path, pictures, stage_1.folder, "--clip", 0.5, "--micro", 3, "--steps", 1)
     check_diffusion_step(clipped, autoencoder, 0, clip=0.5)
 
 
 def test_an_accumulated_step_has_the_mean_of_its_micro_batches_gradients(stage_1, autoencoder, pictures, tmp_path):
-    whole = run_stage_2(tmp_path, pictures, stage_1.folder, "--clip", 0, "--accum", 2, "--steps", 1)
+    whole = run_stage_2(tmp_path, pictures, stage_1.folder, "--clip", 0, "--micro", 3, "--steps", 1)
     check_diffusion_step(whole, autoencoder, 0, clip=None)                    # clipping would hide their sum
 
 

@@ -4,9 +4,9 @@ import math
 import pytest
 import torch
 
-from rae import RAE, attention, grid_angles
-from train_dit import (RECIPES, DiT, RMSNorm, flow_matching_loss, learning_rate, parse_args, rotate, settings,
-                       shift_alpha, time_shift)
+from rae import attention, grid_angles
+from train_dit import (RECIPES, AdaRMSNorm, DiT, flow_matching_loss, linear_lr, parse_args, rotate, shift_alpha,
+                       time_shift)
 
 SMALL = dict(tokens=9, token_dim=24, width=32, depth=2, heads=2, head=48, head_depth=2, head_heads=4, num_classes=5)
 
@@ -62,7 +62,7 @@ def test_times_and_the_residual_streams_stay_in_fp32_under_autocast():
 
 
 def test_adaptive_rms_norm_is_its_formula():
-    x, norm, (shift, scale) = 3 * torch.randn(4, 5, 7), RMSNorm(7, eps=1e-6), torch.randn(2, 4, 1, 7)
+    x, norm, (shift, scale) = 3 * torch.randn(4, 5, 7), AdaRMSNorm(7, eps=1e-6), torch.randn(2, 4, 1, 7)
     norm.weight.data.uniform_()
     expected = norm.weight * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     torch.testing.assert_close(norm(x, shift, scale), expected * (1 + scale) + shift)
@@ -146,21 +146,20 @@ def test_compile_changes_nothing():
     torch.testing.assert_close(compiled(x, t, y), model(x, t, y), rtol=1e-4, atol=1e-4)
 
 
-def test_a_recipe_is_overridden_by_given_flags_only():
+@pytest.mark.parametrize("encoder", ["dinov2_b", "tiny_vae"])
+def test_a_recipe_is_overridden_by_given_flags_only(encoder):
     assert RECIPES["tiny"].keys() == RECIPES["paper"].keys()
-    assert not RECIPES["tiny"].keys() & vars(parse_args([])).keys() and parse_args(["--ema", "0.5"]).ema == 0.5
+    plain, given = (vars(parse_args(flags, encoder)) for flags in ([], ["--ema", "0.5", "--batch", "8"]))
+    assert given == plain | dict(ema=0.5, batch=8) and plain["batch"] != 8
 
 
 @pytest.mark.parametrize("head", [0, 2048])
 def test_the_papers_settings_follow_from_the_head(head):
-    with torch.device("meta"):
-        rae = RAE("dinov2_b", "tiny")
-    args, config = settings(parse_args(["--head", str(head)]), rae)
-    assert (config["width"], config["depth"], config["heads"]) == (1152, 28, 16)              # XL
-    assert (config["tokens"], config["token_dim"], config["head"]) == (256, 768, head)
+    args = parse_args(["--head", str(head)])
+    assert (args.width, args.depth, args.heads, args.head) == (1152, 28, 16, head)            # XL
     assert (args.batch, args.lr, args.epochs, args.warmup) == (1024, 2e-4, 80, 0)
     assert (args.clip, args.ema) == ((1.0, 0.9995) if head else (0.0, 0.9999))
-    rates = [learning_rate(1250 * epoch, 1250, args) / 2e-4 for epoch in (0, 40, 420, 800, 900)]
+    rates = [linear_lr(1250 * epoch, 1250, args) / 2e-4 for epoch in (0, 40, 420, 800, 900)]
     assert rates == pytest.approx([1, 1, 0.55, 0.1, 0.1] if head else [1] * 5)
 
 
