@@ -742,6 +742,7 @@ def start_worker(_):
 
 def end_workers():
     """At exit, however a script ends: Python would wait for loader processes for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises where one dies
     for process in multiprocessing.active_children():
         process.kill()
 

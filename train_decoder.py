@@ -329,9 +329,9 @@ def cosine_lr(step, peak, warmup, length):
 
 # Training
 
-def frozen_networks(args, rae, given, has_disc, device):
+def frozen_networks(args, rae, saved, has_disc, device):
     """(LPIPS, discriminator), None where they are not wanted; the encoder goes into the RAE."""
-    rae.load_encoder(given).to(device)
+    rae.load_encoder(saved["encoder"] if saved else args.encoder_weights).to(device)
     perceptual = load_lpips(device, args.lpips_vgg) if args.lpips_weight else None
     disc = Discriminator(args.disc, args.disc_weights).to(device) if has_disc else None
     return perceptual, disc
@@ -384,18 +384,16 @@ def main():
         return say(f"{run}/rae.pt is at step {step} of {total}: finished; --epochs, --steps extend it")
 
     # Frozen networks; latent statistics, once
-    given = saved["encoder"] if saved else args.encoder_weights
     has_disc = args.gan_weight > 0 and disc_begin < total
-    perceptual, disc = frozen_networks(args, rae, given, has_disc, device)
+    perceptual, disc = frozen_networks(args, rae, saved, has_disc, device)
     try_to_read(dataset, held_out, workers=args.workers)
     centred = centre_crops(dataset)
-    if saved:
-        mean, var = saved["mean"], saved["var"]
-    else:
+    if not saved:
         say(f"{run}: latent statistics of {args.encoder} over {len(dataset)} images of {data}")
         mean, var = latent_statistics(rae, centred, 64, device, args.workers)
-    rae.mean.copy_(mean)
-    rae.var.copy_(var)
+    rae.mean.copy_(saved["mean"] if saved else mean)
+    rae.var.copy_(saved["var"] if saved else var)
+    given = args.encoder_weights or saved and saved["encoder"] is not None
     save = partial(save_rae, rae=rae, fixed=fixed, data=data,
                    keep_encoder=bool(given) or args.encoder.startswith("tiny"))  # no hub has these
     if not rae.spec.timm:

@@ -1,18 +1,23 @@
 """Runs that are stopped, killed, starved of disk or fed with nonsense: the real scripts as processes."""
+import importlib
 import json
 import os
 import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
-from conftest import (DECODER, DIT, ENVIRONMENT, children, command_line, inside, launch, load, losses,
-                      signal_all)
+from conftest import (DECODER, DIT, ENVIRONMENT, ROOT, children, command_line, inside, launch, load, losses,
+                      signal_all, state)
+from PIL import Image
 
+import rae
 import train_decoder
 import train_dit
 from rae import Folder, UserError, save_checkpoint
@@ -237,3 +242,171 @@ def test_a_file_deleted_during_training_is_named_once_and_another_takes_its_plac
     odd.unlink()
     first, again = data[at, 0], data[at, 0]
     assert torch.equal(first[0], again[0]) and capfd.readouterr().out.count("skipped") == 1
+
+
+# Loader processes
+
+RAISES = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/assets"]
+import rae, {module} as script
+def read(self, index, key, sound=rae.Folder.read):
+    path, _ = self.samples[index]
+    if path.endswith("{victim}"):
+        raise RuntimeError(f"a fault in the program, at {{path}}")
+    return sound(self, index, key)
+rae.Folder.read = read
+script.main()
+"""
+ENDS = {  # name: (module, flags, ranks); every image is read before the first step, or in it
+    "stage 1": ("train_decoder", (*DECODER, "--data", "data", "--workers", 2), 2),
+    "stage 2": ("train_dit", (*DIT, "--rae", ROOT / "assets/demo", "--run", "run", "--data", "data", "--workers", 1), 1),
+    "metrics": ("fid", ("data", "--features", "tiny"), 1),
+    "a probe": ("probe", ("--data", "data", "--run", ROOT / "assets/demo", "--best-of", 2), 1),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_an_error_in_a_loader_process_ends_the_run_and_is_told(name, tmp_path, photos):
+    """It ignores SIGTERM, and Python waits for it: who does not end it hangs."""
+    module, flags, ranks = ENDS[name]
+    for label in range(10):
+        os.makedirs(tmp_path / f"data/{label}")
+        for i in range(3):
+            shutil.copy(photos / "class0/0.png", tmp_path / f"data/{label}/{i}.png")
+    script = RAISES.format(root=str(ROOT), module=module, victim="4/1.png")
+    (tmp_path / "raises.py").write_text(script)
+    begun = time.time()
+    with running(tmp_path / "raises.py", *flags, cwd=tmp_path, ranks=ranks, until=lambda: True) as process:
+        started = set()
+        while process.poll() is None and time.time() < begun + 60:
+            started |= {*children(process.pid)}
+            time.sleep(0.1)
+        assert process.poll() == 1, process.text()
+        assert "data/4/1.png" in process.text() and "killed by signal" not in process.text()
+    assert len(started) >= 1 and not [pid for pid in started if state(pid)[:1] not in ("", "Z")]
+
+
+def test_too_little_shared_memory_is_told_before_training(photos, monkeypatch):
+    """Docker gives 64 MiB; a batch of 64 at 256 pixels has 12."""
+    data = Folder(photos, 256)
+    usage = shutil.disk_usage("/")
+    free = {"/dev/shm": usage._replace(free=64 * 2 ** 20)}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free.get(path, usage))
+    with pytest.raises(UserError, match="4 loader processes need 108 MiB in /dev/shm, which has 64: .*--shm-size.*--workers 0"):
+        rae.loader_of(data, [], 64, 4)
+    rae.loader_of(data, [], 64, 0)
+    rae.loader_of(data, [], 64, 2)
+
+
+# Whom nobody hears
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_run_whose_reader_is_gone_saves_all_its_steps(number, tmp_path, photos):
+    """Ctrl-C through `| tee log` ends tee as well; a closed terminal reads nothing more."""
+    reader, writer = os.pipe()
+    command = command_line(*LONG, "--data", photos, "--save-every", 5000, "--workers", 1)
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=writer, stderr=writer, env=os.environ | ENVIRONMENT)
+    os.close(writer)
+    text = b""
+    while b"step 3 " not in text:
+        text += os.read(reader, 10_000)
+        assert text and process.poll() is None, text
+    os.close(reader)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 0
+    steps = logged_steps(tmp_path / "out/tiny")
+    assert saved_step(tmp_path / "out/tiny/rae.pt") == steps[-1] >= 3
+    assert steps == list(range(1, steps[-1] + 1))
+
+
+def test_the_second_signal_of_a_kind_ends_a_lone_process(tmp_path):
+    (tmp_path / "stuck.py").write_text(f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
+                                       "import rae\n"
+                                       "flag = rae.stop_signal()\n"
+                                       "print('ready', flush=True)\n"
+                                       "while True: time.sleep(0.1)\n")
+    with running(tmp_path / "stuck.py", cwd=tmp_path, until="ready") as process:
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == -signal.SIGINT
+
+
+def test_any_bytes_can_be_a_name(tmp_path, photos):
+    """Of a file that is broken, of a class, in a terminal that knows ASCII only."""
+    odd = tmp_path / "data" / os.fsdecode(b"caf\xe9")
+    odd.mkdir(parents=True)
+    for i in range(110):
+        os.link(next(photos.glob("*/*.png")), odd / f"{i}.png")
+    (odd / os.fsdecode(b"\xff\xfe.png")).write_bytes(b"")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONIOENCODING", "ascii")
+        text = launch("train_decoder.py", *DECODER, "--data", "data", "--steps", 1, "--workers", 1, cwd=tmp_path)
+        text += launch("train_dit.py", *DIT, "--steps", 1, cwd=tmp_path)
+        text += launch("sample.py", "--num", 2, "--steps", 2, cwd=tmp_path)
+    assert "skipped" in text and "wrote samples.png" in text and "Traceback" not in text
+
+
+def test_variables_of_a_launcher_that_is_not_there_count_for_nothing(tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            patch.setenv(name, "3")
+        text = launch("sample.py", "--num", 2, "--steps", 2, cwd=tmp_path)
+    assert "wrote samples.png: 2 images" in text
+
+
+@pytest.mark.parametrize("name", ["train_decoder", "train_dit", "sample", "fid"])
+def test_a_script_runs_without_its_docstrings(name, monkeypatch, capsys):
+    """As under python -OO."""
+    script = importlib.import_module(name)
+    monkeypatch.setattr(script, "__doc__", None)
+    with pytest.raises(SystemExit) as ended:
+        script.parse_args(["--help"])
+    assert ended.value.code == 0 and "usage" in capsys.readouterr().out
+
+
+def test_a_machine_that_cannot_compile_says_so_in_a_sentence(tmp_path, photos):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXX", "no-such-compiler")
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+        text = launch("train_decoder.py", *DECODER, "--data", photos, "--steps", 1, "--compile", cwd=tmp_path, expect=1)
+    assert "--compile does not work here" in text.splitlines()[-1] and "Traceback" not in text
+
+
+# Files of other formats, and damage
+
+def damaged(folder, count=500, seed=0):
+    """Sound files of ten formats, with bytes flipped, cut or made up."""
+    rng = np.random.default_rng(seed)
+    image = Image.fromarray(rng.integers(0, 255, (24, 20, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "a maker"
+    kinds = [("a.jpg", image, dict(exif=exif)), ("b.png", image, {}), ("c.webp", image, {}), ("d.bmp", image, {}),
+             ("e.tif", image, dict(compression="tiff_lzw")), ("f.ppm", image, {}), ("g.pgm", image.convert("L"), {}),
+             ("h.png", image.convert("P"), {}), ("i.tiff", image.convert("I;16"), {}), ("j.jpeg", image.convert("CMYK"), {})]
+    folder.mkdir(parents=True)
+    for i in range(count):
+        name, picture, options = kinds[i % len(kinds)]
+        picture.save(folder / f"{i:03}{name}", **options)
+        content = bytearray((folder / f"{i:03}{name}").read_bytes())
+        for at in rng.integers(len(content), size=1 + i % 7):
+            content[at] = rng.integers(256)
+        if i % 3 == 0:
+            content = content[:rng.integers(len(content))]
+        (folder / f"{i:03}{name}").write_bytes(content)
+
+
+def test_no_damaged_file_ends_or_hangs_what_reads_it(tmp_path, photos):
+    """500 in one class: named, and the run refused; 500 sound ones beside each: named, and the run goes on."""
+    damaged(tmp_path / "bad/all")
+    for workers in (0, 2):
+        text = launch("train_decoder.py", *DECODER, "--data", "bad", "--workers", workers, cwd=tmp_path, expect=1, limit=60)
+        assert "of 500 images cannot be read" in text and "Traceback" not in text
+    text = launch("fid.py", "bad", "--features", "tiny", cwd=tmp_path, expect=1, limit=60)
+    assert "images cannot be read" in text and "Traceback" not in text
+    data = Folder(tmp_path / "bad", 32, train=True, crop=True)
+    assert all(data[i, i][0].shape == (3, 32, 32) for i in range(500))        # each place is taken
+    assert 100 < data.broken.sum() < 450

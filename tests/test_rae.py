@@ -553,6 +553,18 @@ def test_encode_standardises_and_decode_mirrors_it(encoder):
     assert rae.decode(z).shape == images.shape
 
 
+@pytest.mark.parametrize("images", [
+    torch.rand(1, 3, 30, 200), torch.rand(3, 32, 32), torch.rand(1, 1, 32, 32), torch.rand(1, 3, 32, 32) * 255,
+    torch.rand(1, 3, 32, 32) * 2 - 1, torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.full((1, 3, 32, 32), math.nan)])
+def test_what_are_no_images_in_0_to_1_is_refused(images):
+    """Without a word they would be encoded as something else."""
+    rae = RAE("tiny", "tiny", 32).load_encoder("random")
+    with pytest.raises(ValueError, match="give square ones, floats .* from 0 to 1"):
+        rae.encode(images)
+    for size in (32, 48):                                               # copies leave [0, 1] here and there
+        assert rae.encode(torch.rand(1, 3, size, size) * 1.2 - 0.1).shape == (1, 16, 96)
+
+
 def test_upsampling_decodes_larger_from_the_same_tokens():
     small = RAE("tiny", "tiny", 32).load_encoder("random")
     large = RAE("tiny", "tiny", 32, upsample=2).load_encoder(small.encoder.state_dict())

@@ -279,6 +279,47 @@ def test_a_checkpoint_brings_its_guide_and_scale_along_unless_one_is_given(made,
             check_pixels(archive["arr_0"], decoded(integrated(velocity, keys)))
 
 
+def test_a_scale_alone_changes_no_kind_of_guidance(made, tmp_path, monkeypatch):
+    """The model that came along guides at any scale; without it, the null class, if --guide none asks for that."""
+    folder, model, weak, decoded = made
+    state = torch.load(folder / "dit.pt", weights_only=True)
+    torch.save(dict(state, guide="weak.pt", scale=1.3), folder / "guided.pt")
+    labels, keys = balanced_label(0, torch.arange(4), 3), mix(0, 0, torch.arange(4))
+    strong, null = at(model, labels), at(model, torch.full((4,), 3))
+    for flags, other, scale in ((("--scale", 1.6), at(weak, labels), 1.6), (("--guide", "none", "--scale", 1.6), null, 1.6),
+                                (("--guide", "none"), strong, 1)):
+        run(monkeypatch, folder / "guided.pt", "--npz", tmp_path / "s.npz", "--num", 4, *flags)
+        velocity = lambda z, t: torch.lerp(other(z, t), strong(z, t), float(scale))
+        with np.load(tmp_path / "s.npz") as archive:
+            check_pixels(archive["arr_0"], decoded(integrated(velocity, keys)))
+
+
+@pytest.mark.parametrize("change, sentence", [
+    (dict(latents="tiny 0.123456"), "makes other latents than .*rae.pt decodes .latents was tiny 0.123456, is tiny"),
+    (dict(fixed=dict(latents="tiny 0.123456", label_dropout=0.1)), "latents was tiny 0.123456, is tiny")])
+def test_an_autoencoder_with_other_latents_is_refused(made, tmp_path, monkeypatch, change, sentence):
+    state = torch.load(made[0] / "dit.pt", weights_only=True)
+    torch.save(dict(state, rae=str(made[0] / "rae.pt"), **change), tmp_path / "dit.pt")
+    with pytest.raises(ValueError, match=sentence):
+        run(monkeypatch, tmp_path, "--out", tmp_path / "s.png")
+    state["latents"] = load_rae(made[0], decode_only=True).latents            # and its own is not
+    torch.save(dict(state, rae=str(made[0] / "rae.pt")), tmp_path / "dit.pt")
+    run(monkeypatch, tmp_path, "--out", tmp_path / "s.png", "--num", 2)
+
+
+@pytest.mark.parametrize("change, sentence", [
+    (dict(latents="mae_b 0.5"), "latents was tiny .*, is mae_b 0.5"), (dict(classes=["apple", "bee", "dog"]), "classes was .*dog"),
+    (dict(classes=[]), "classes was")])
+def test_a_guide_of_other_latents_or_classes_is_refused(made, tmp_path, monkeypatch, change, sentence):
+    own = dict(rae=str(made[0] / "rae.pt"), latents=load_rae(made[0], decode_only=True).latents)
+    for name, more in (("dit.pt", {}), ("weak.pt", change)):
+        state = torch.load(made[0] / name, weights_only=True)
+        torch.save(state | own | more, tmp_path / name)
+    with pytest.raises(ValueError, match=f"cannot be guided by .*weak.pt .{sentence}"):
+        run(monkeypatch, tmp_path, "--guide", tmp_path / "weak.pt", "--out", tmp_path / "s.png")
+    run(monkeypatch, tmp_path, "--guide", tmp_path / "weak.pt", "--scale", 1, "--out", tmp_path / "s.png", "--num", 2)
+
+
 def test_samples_of_the_bundled_demo_are_compared_with_shapes_next():
     demo = load_rae(Path(sample.__file__).parent / "assets/demo", decode_only=True)
     said = sample.next_step(argparse.Namespace(npz="my s.npz", run=None), demo)

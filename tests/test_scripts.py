@@ -72,6 +72,57 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(trained, tmp_path, photo
     assert "finished" in inside("train_dit.py", *DIT, "--data", photos, "--steps", 6, cwd=tmp_path)
 
 
+def test_a_resumed_run_lets_go_of_the_checkpoint_that_it_replaces(trained, tmp_path, photos):
+    """A mapped file that was replaced stays on the disk: three copies in place of two, while saving."""
+    shutil.copytree(trained / "out", tmp_path / "out")
+    maps = []
+    with pytest.MonkeyPatch.context() as patch:
+        for script, flags in (("train_decoder", DECODER), ("train_dit", DIT)):
+            look = lambda *_, **__: maps.append(open("/proc/self/maps").read())     # after the first save
+            patch.setattr(importlib.import_module(script), "save_picture", look)
+            inside(f"{script}.py", *flags, "--data", photos, "--steps", 8, "--save-every", 1, cwd=tmp_path)
+    assert len(maps) == 4 + 2 and not any(f"{name}.pt (deleted)" in text for text in maps for name in ("rae", "dit"))
+
+
+def test_averages_are_kept_at_whole_epochs_beside_the_checkpoint(trained, tmp_path, photos):
+    """40 images in steps of 12: epochs end at steps 3.3, 6.7, 10."""
+    inside("train_decoder.py", *DECODER, "--data", photos, "--steps", 4, "--keep-every", 1, cwd=tmp_path)
+    inside("train_dit.py", *DIT, "--data", photos, "--steps", 10, "--keep-every", 2, "--run", "out/tiny", cwd=tmp_path)
+    kept = sorted(path.name for path in (tmp_path / "out/tiny").glob("*_*.pt"))
+    assert kept == ["dit_0000007.pt", "rae_0000003.pt"]
+    saved = load(tmp_path / "out/tiny/dit_0000007.pt")
+    assert saved["step"] == 7 and "optimizer" not in saved and "model" not in saved
+    inside("train_dit.py", *DIT, "--data", photos, "--steps", 7, "--run", "again", "--rae", "out/tiny", cwd=tmp_path)
+    whole = load(tmp_path / "again/dit.pt")["ema"]
+    assert all(torch.equal(value, saved["ema"][key]) for key, value in whole.items())
+    flags = ("--num", 2, "--steps", 2, "--guide", "out/tiny/dit_0000007.pt", "--scale", 1.5)
+    assert "wrote" in inside("sample.py", "--run", "out/tiny", *flags, cwd=tmp_path)
+    assert "wrote" in inside("rae.py", photos / "class0/0.png", "--run", "out/tiny/rae_0000003.pt", cwd=tmp_path)
+
+
+def test_stage_2_encodes_the_images_of_stage_1s_statistics_when_they_are_decoded_larger(tmp_path, photos):
+    """With --upsample 2 they are centre crops of twice the side, of which each 2 x 2 pixels are averaged."""
+    inside("train_decoder.py", *DECODER, "--data", photos, "--upsample", 2, "--steps", 1, cwd=tmp_path)
+    encoded = []
+    with pytest.MonkeyPatch.context() as patch:
+        tokens = rae.RAE.tokens
+        patch.setattr(rae.RAE, "tokens", lambda self, images: encoded.append(images.shape) or tokens(self, images))
+        inside("train_dit.py", *DIT, "--data", photos, "--steps", 1, cwd=tmp_path)
+    assert {*encoded} == {(12, 3, 64, 64)}
+
+
+@pytest.mark.parametrize("batch, micro, world, expected", [
+    (512, 64, 8, (64, 1)), (1024, 64, 8, (64, 2)), (1024, 64, 1, (64, 16)), (64, 64, 1, (64, 1)), (8, 64, 1, (8, 1)),
+    (100, 64, 1, (50, 2)), (12, 5, 1, (4, 3)), (7, 4, 1, (1, 7)), (1024, 64, 64, (16, 1))])
+def test_accumulation_follows_from_the_micro_batch(batch, micro, world, expected):
+    assert rae.micro_batch(batch, micro, world) == expected
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused():
+    with pytest.raises(UserError, match="--batch 9 does not divide over 2 ranks"):
+        rae.micro_batch(9, 64, 2)
+
+
 def pictures_of(path):
     """(images int (N,H,W,3), labels) of an archive, read at once: the next run writes the same file."""
     with np.load(path, allow_pickle=False) as archive:
