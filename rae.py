@@ -20,7 +20,6 @@ import json
 import math
 import multiprocessing
 import os
-import pickle
 import shlex
 import shutil
 import signal
@@ -407,27 +406,19 @@ def fetch(repo, file):
 
 def read_weights(path):
     """The dict in a .safetensors or torch file; no code in the file is run. torch's files are
-    memory-mapped: ranks share the pages, and tensors that nobody uses are never read.
-
-    Errors: no such file; a damaged one; one that holds anything but a dict of plain types.
-    """
+    memory-mapped: ranks share the pages, and tensors that nobody uses are never read."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
     try:
         if Path(path).suffix == ".safetensors":
             from safetensors.torch import load_file
             return load_file(path)
         mapped = zipfile.is_zipfile(path)  # not before torch 1.6
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        if not isinstance(state, dict):
-            raise pickle.UnpicklingError(f"it holds a {type(state).__name__}")
-        return state
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{path}: no such file") from None
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
     except Exception as error:  # torch and safetensors have many kinds
-        what = "is cut short or damaged, remove it and copy or download it again"
-        if isinstance(error, (pickle.UnpicklingError, KeyError, AttributeError, ValueError)):
-            what = "is no checkpoint that can be read without running code from it"
-        said = f"{path} {what} ({type(error).__name__}: {str(error):.80})"
-        raise UserError(said.splitlines()[0]) from None
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{path} is cut short or damaged, or holds more than tensors and plain types"
+                        f" ({said:.100}): remove it, and copy or download it again") from None
 
 
 def unwrap(state):
@@ -723,13 +714,10 @@ def centre_crops(dataset):
 
 def worker_count(dataset, workers=None):
     """Loader processes: as asked; else none for drawn images, for files a core each, up to 8."""
-    if workers is not None:
-        return workers
-    if not hasattr(dataset, "samples"):
-        return 0
-    # The cores that this process may use; macOS does not say
-    allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)
-    return min(8, max(1, len(allowed) // int(from_torchrun("LOCAL_WORLD_SIZE", 1))))
+    if workers is not None or not hasattr(dataset, "samples"):
+        return workers or 0
+    cores = len(os.sched_getaffinity(0))  # that this process may use
+    return min(8, max(1, cores // int(from_torchrun("LOCAL_WORLD_SIZE", 1))))
 
 
 def start_worker(_):
@@ -996,40 +984,48 @@ def any_rank(flag):
     return bool(flag)
 
 
-def training_cost(build, *inputs):
-    """(parameters, FLOPs of the forward pass, bytes kept for the backward pass) of the model of
-    `build` in bf16 on a GPU. Counted on fake tensors: nothing is computed, no GPU is needed."""
+def count_flops(build, *inputs):
+    """(parameters, FLOPs of the forward pass) of the model of `build`, without computing it."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = build()
+        model(*(x.to("meta") if torch.is_tensor(x) else x for x in inputs))
+    return sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops()
+
+
+def bytes_for_backward(build, *inputs):
+    """What a forward pass keeps for the backward pass, in bf16 on a GPU: counted on fake tensors of
+    one. None where torch cannot do it (2.6 asks the driver)."""
     kept = {}
 
     def keep(x):
         if not isinstance(x, nn.Parameter):
-            storage = x.untyped_storage()
-            kept[storage._cdata] = storage.nbytes()
+            kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
         return x
 
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
-        model = build()
-        fake = [torch.empty_like(x, device="cuda") if torch.is_tensor(x) else x for x in inputs]
-        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
-        torch.set_autocast_dtype("cuda", torch.bfloat16)
-        torch.set_autocast_enabled("cuda", True)  # torch.autocast asks for a GPU
-        try:
-            with FlopCounterMode(display=False) as counter, hooks:
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+            model = build()
+            fake = [torch.empty_like(x, device="cuda") if torch.is_tensor(x) else x for x in inputs]
+            torch.set_autocast_dtype("cuda", torch.bfloat16)
+            torch.set_autocast_enabled("cuda", True)  # torch.autocast asks for a GPU
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
                 model(*fake)
-        finally:
-            torch.set_autocast_enabled("cuda", False)
-    size = sum(parameter.numel() for parameter in model.parameters())
-    return size, counter.get_total_flops(), sum(kept.values())
+        return sum(kept.values())
+    except RuntimeError:
+        return None
+    finally:
+        torch.set_autocast_enabled("cuda", False)
 
 
 def say_cost(what, build, *inputs):
     """Tell what training costs, before its first step; returns the forward FLOPs of an image."""
-    size, flops, kept = training_cost(build, *inputs)
     images = len(inputs[0])
-    say(f"{what} of {size / 1e6:.1f} M parameters, {flops / images / 1e9:.3g} GFLOPs an image; in"
-        f" training about {size * 20 / 2 ** 30:.2g} GiB of weights, gradients, AdamW's moments and"
-        f" average, and {kept / 2 ** 30:.2g} GiB for the backward pass of {images} images (bf16,"
-        " without --compile)")
+    size, flops = count_flops(build, *inputs)
+    kept = bytes_for_backward(build, *inputs)
+    memory = f"{size * 20 / 2 ** 30:.2g} GiB of weights, gradients, AdamW's moments and average"
+    if kept:
+        memory += f", about {kept / 2 ** 30:.2g} GiB for the backward pass of {images} images in bf16"
+    say(f"{what} of {size / 1e6:.1f} M parameters, {flops / images / 1e9:.3g} GFLOPs an image; {memory}")
     return flops / images
 
 
@@ -1231,7 +1227,6 @@ def start():
     """Join torchrun's process group, or make one for itself: (device, rank, world size)."""
     sys.stdout = Output(sys.stdout)
     sys.stderr = Output(sys.stderr)
-    sys.excepthook = one_sentence
     torch.set_float32_matmul_precision("high")  # TF32 where there is such a thing
     device = torch.device("cpu")
     options = {}
@@ -1249,14 +1244,6 @@ def start():
         dist.init_process_group(backend, timeout=timedelta(hours=1), **options)
         atexit.register(leave)
     return device, dist.get_rank(), dist.get_world_size()
-
-
-def one_sentence(kind, error, trace):
-    """An error of the file system names its file: no traceback is needed."""
-    if issubclass(kind, OSError) and error.filename:
-        print(f"{kind.__name__}: {error}", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
 
 
 def leave():
