@@ -986,7 +986,7 @@ def any_rank(flag):
 
 def count_flops(build, *inputs):
     """(parameters, FLOPs of the forward pass) of the model of `build`, without computing it."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
         model = build()
         model(*(x.to("meta") if torch.is_tensor(x) else x for x in inputs))
     return sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops()

@@ -329,12 +329,33 @@ def cosine_lr(step, peak, warmup, length):
 
 # Training
 
-def frozen_networks(args, rae, saved, has_disc, device):
-    """(LPIPS, discriminator), None where they are not wanted; the encoder goes into the RAE."""
+def prepare(args, rae, dataset, held_out, saved, has_disc, device):
+    """Give the RAE its encoder and the statistics of its latents, measured where no checkpoint has
+    them; returns (LPIPS, discriminator), None where they are not wanted."""
     rae.load_encoder(saved["encoder"] if saved else args.encoder_weights).to(device)
     perceptual = load_lpips(device, args.lpips_vgg) if args.lpips_weight else None
     disc = Discriminator(args.disc, args.disc_weights).to(device) if has_disc else None
+    try_to_read(dataset, held_out, workers=args.workers)
+    if saved:
+        mean, var = saved["mean"], saved["var"]
+    else:
+        say(f"latent statistics of {args.encoder} over {len(dataset)} images")
+        mean, var = latent_statistics(rae, dataset, 64, device, args.workers)
+    rae.mean.copy_(mean)
+    rae.var.copy_(var)
     return perceptual, disc
+
+
+def trained_parts(decoder, disc, init):
+    """{name: module or optimiser} of a new run; init: an autoencoder whose decoder it begins with."""
+    if init:
+        other = load_rae(init, decode_only=True).decoder
+        load_strict(decoder, other.state_dict(), f"--init {init}")
+    adamw = partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    parts = dict(model=decoder, optimizer=adamw(decoder.parameters()))  # lr: at each step
+    if disc:
+        parts |= dict(disc=disc.heads, disc_optimizer=adamw(disc.heads.parameters()))
+    return parts
 
 
 def save_rae(path, rae, keep_encoder, parts, **state):
@@ -383,41 +404,29 @@ def main():
     if saved and step >= total:
         return say(f"{run}/rae.pt is at step {step} of {total}: finished; --epochs, --steps extend it")
 
-    # Frozen networks; latent statistics, once
-    has_disc = args.gan_weight > 0 and disc_begin < total
-    perceptual, disc = frozen_networks(args, rae, saved, has_disc, device)
-    try_to_read(dataset, held_out, workers=args.workers)
+    # Frozen networks and latent statistics; what no hub gives back is kept in rae.pt
     centred = centre_crops(dataset)
-    if not saved:
-        say(f"{run}: latent statistics of {args.encoder} over {len(dataset)} images of {data}")
-        mean, var = latent_statistics(rae, centred, 64, device, args.workers)
-    rae.mean.copy_(saved["mean"] if saved else mean)
-    rae.var.copy_(saved["var"] if saved else var)
-    given = args.encoder_weights or saved and saved["encoder"] is not None
+    has_disc = args.gan_weight > 0 and disc_begin < total
+    perceptual, disc = prepare(args, rae, centred, held_out, saved, has_disc, device)
+    given = saved["encoder"] is not None if saved else args.encoder_weights
     save = partial(save_rae, rae=rae, fixed=fixed, data=data,
-                   keep_encoder=bool(given) or args.encoder.startswith("tiny"))  # no hub has these
+                   keep_encoder=bool(given) or args.encoder.startswith("tiny"))
     if not rae.spec.timm:
         save(run / "rae.pt", step=0, parts=dict(model=decoder, ema=decoder))
-        return say(f"wrote {run}/rae.pt, pixels need no decoder. Next: {command('train_dit.py', '--run', run)}")
+        return say(f"wrote {run}/rae.pt, pixels need no decoder."
+                   f" Next: {command('train_dit.py', '--run', run)}")
 
-    # The decoder, the average of its weights, optimisers: new, or as an earlier start left them
-    if args.init and not saved:
-        other = load_rae(args.init, decode_only=True).decoder
-        load_strict(decoder, other.state_dict(), f"--init {args.init}")
+    # What is trained, and the average of the weights: new, or as an earlier start left them
+    parts = trained_parts(decoder, disc, None if saved else args.init)
     ema = ModelEmaV3(decoder, decay=args.ema)
-    adamw = partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    optimizer = adamw(decoder.parameters())  # its lr: at each step
-    parts = dict(model=decoder, ema=ema.module, optimizer=optimizer)
-    if disc:
-        disc_optimizer = adamw(disc.heads.parameters())
-        parts |= dict(disc=disc.heads, disc_optimizer=disc_optimizer)
-    if saved:
-        if disc and step > disc_begin and not saved.get("disc"):
-            raise UserError(f"{run} went on without discriminator: resume with --gan-weight 0")
-        restore(parts, saved)  # a late discriminator begins anew
-        saved = None  # else the old file stays mapped, and on the disk
-    else:
+    parts["ema"] = ema.module
+    if not saved:
         save(run / "rae.pt", step=step, parts=parts)  # the statistics, which take long
+    elif disc and step > disc_begin and not saved.get("disc"):
+        raise UserError(f"{run} went on without discriminator: resume with --gan-weight 0")
+    else:
+        restore(parts, saved)  # a late discriminator begins anew
+    saved = None  # else the old file stays mapped, and on the disk
 
     # Arithmetic, ranks, the order of the images
     dtype, autocast = autocast_for(args.dtype, device)
@@ -466,7 +475,7 @@ def main():
                 (loss / accum).backward()
             remember(history, **losses)
         lr = cosine_lr(step, args.lr, args.warmup * epoch, schedule)
-        skipped = apply_gradients(optimizer, lr)
+        skipped = apply_gradients(parts["optimizer"], lr)
         ema.update(decoder)  # after the step
 
         # ---- discriminator: images, and copies by the updated decoder -> hinge -> step ----
@@ -482,7 +491,7 @@ def main():
             remember(history, disc=loss)
         if train_disc:  # by its own steps, a schedule as long as the decoder's
             disc_lr = cosine_lr(step - disc_begin, args.lr, args.warmup * epoch, schedule)
-            skipped = torch.maximum(skipped, apply_gradients(disc_optimizer, disc_lr))
+            skipped = torch.maximum(skipped, apply_gradients(parts["disc_optimizer"], disc_lr))
         remember(history, skipped=skipped)
         step += 1
         stop = any_rank(asked)  # on all ranks at once

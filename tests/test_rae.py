@@ -449,15 +449,12 @@ def test_loaders_take_this_ranks_share_of_the_cores_it_may_use(photos, monkeypat
     data = Folder(photos, 32)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    for cores, ranks, expected in ((64, 1, 8), (6, 1, 6), (6, 2, 3), (6, 4, 1), (1, 8, 1), (32, 8, 4)):
+    for cores, ranks, expected in ((64, 1, 8), (6, 1, 6), (6, 2, 3), (6, 4, 1), (1, 8, 1), (32, 8, 4), (64, 64, 1)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
         assert worker_count(data) == expected
         assert worker_count(data, 0) == 0 and worker_count(data, 5) == 5
         assert worker_count(Shapes()) == 0 and worker_count(Shapes(), 2) == 2
-    monkeypatch.delattr(os, "sched_getaffinity")                        # macOS has none
-    assert worker_count(data) == 8
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")                           # a stray variable counts for nothing
     assert worker_count(data) == 8
 
@@ -652,10 +649,10 @@ def test_a_checkpoint_runs_no_code(tmp_path):
         def __reduce__(self):
             return (print, ("executed",))
     torch.save({"config": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match="evil.pt is no checkpoint that can be read without running code"):
+    with pytest.raises(ValueError, match="evil.pt is cut short or damaged, or holds more than tensors and plain types"):
         load_rae(tmp_path / "evil.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(ValueError, match="list.pt is no checkpoint .*holds a list"):
+    with pytest.raises(ValueError, match="list.pt is cut short or damaged, or holds more than"):
         read_weights(tmp_path / "list.pt")
 
 
