@@ -436,10 +436,11 @@ def load_strict(module, state, what):
         raise UserError(f"{what}: weights of another model: {said}") from None
 
 
-def newest_run(name):
-    """The newest out/*/name, else the bundled demo's."""
-    demo = ROOT / "assets/demo" / name
-    return max(Path("out").glob(f"*/{name}"), key=os.path.getmtime, default=demo)
+def newest_run(name, captioned=False):
+    """The newest out/*/name, else the bundled demo's; captioned: of those trained on captions."""
+    demo = ROOT / "assets/demo" / ("text.pt" if captioned else name)
+    runs = sorted(Path("out").glob(f"*/{name}"), key=os.path.getmtime, reverse=True)
+    return next((run for run in runs if not captioned or read_weights(run).get("captions")), demo)
 
 
 def locate(path_or_name, file):
@@ -578,16 +579,17 @@ def folders_in(path):
     return sorted(name for name in names if visible(name) and os.path.isdir(Path(path, name)))
 
 
-def splits(path):
+def splits(path, captioned=False):
     """(training folder, held-out folder or None): path/train and path/val, where train/ has class
-    folders and nothing beside it but val/ and test/ has images; else path itself."""
+    folders (with captions: images) and nothing beside it but val/ and test/ has images; else path
+    itself."""
     def has_images(*parts):
         return any(is_image(name) for _, name in walk(Path(path, *parts)))
 
     names = folders_in(path)
-    classes = folders_in(Path(path, "train")) if "train" in names else []
+    inside = folders_in(Path(path, "train")) + [""] * captioned if "train" in names else []
     others = [name for name in names if name not in ("train", "val", "test")]
-    if not any(has_images("train", name) for name in classes) or any(map(has_images, others)):
+    if not any(has_images("train", name) for name in inside) or any(map(has_images, others)):
         return path, None
     return Path(path, "train"), Path(path, "val") if "val" in names else None
 
@@ -598,28 +600,38 @@ class Folder(Dataset):
     train: an image drawn from the key takes the place of a file that cannot be read; else its
     item is None, which drop_broken leaves out. crop: stage 1's random crops; else the centre.
     size None: all images below path are one class, and stay as they are, all of one size.
+    captioned: the label is the text in name.txt beside name.jpg, at any depth; of several lines one,
+    by the key.
     Errors: no folder, no class or one without images, classes that are splits.
     """
     SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 
-    def __init__(self, path, size, train=False, crop=False):
+    def __init__(self, path, size, train=False, crop=False, captioned=False):
+        flat = captioned or size is None
+        self.captioned = captioned
         self.size = size
         self.train = train
         self.crop = crop
-        self.classes = folders_in(path) if size else [""]
+        self.classes = [""] if flat else folders_in(path)
 
         # The files by class, and what is left out
         labels = {name: label for label, name in enumerate(self.classes)}
         self.samples = []  # [(path, label)]
         left_out = Counter()
         for folder, name in walk(path):
-            label = labels.get(folder.split(os.sep)[0]) if size else 0
+            label = 0 if flat else labels.get(folder.split(os.sep)[0])
+            kind = Path(name).suffix.lower()
             if label is None:
                 left_out["beside class folders"] += 1
             elif is_image(name):
                 self.samples.append((os.path.join(path, folder, name), label))
-            else:
-                left_out[Path(name).suffix.lower()] += 1
+            elif not captioned or kind != ".txt":
+                left_out[kind] += 1
+        if captioned:
+            with_text = [(file, label) for file, label in self.samples if text_of(file).exists()]
+            left_out["images without a text"] += len(self.samples) - len(with_text)
+            self.samples = with_text
+        left_out = +left_out  # those above zero
         if left_out:
             kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common(6))
             say(f"{path}: files that are not read: {kinds}")
@@ -632,6 +644,8 @@ class Folder(Dataset):
             raise UserError(f"{path}: no such folder, or no class folder in it: images are expected"
                             f" as {path}/CLASS/*.jpg (of a flat folder, `mkdir {path}/all &&"
                             f" mv {path}/*.* {path}/all` makes one class)")
+        if empty and captioned:
+            raise UserError(f"{path}: no image with a text: photo.txt is expected beside photo.jpg")
         if empty:
             raise UserError(f"{path}: no image that is read in {', '.join(empty[:4]) or 'it'}: remove"
                             f" it, or add images ({', '.join(IMG_EXTENSIONS)})")
@@ -661,46 +675,58 @@ class Folder(Dataset):
             raise ValueError(f"{image.width} x {image.height} pixels, unlike the others")
         return TF.pil_to_tensor(image)
 
+    def captions(self, index):
+        """The lines of the text beside an image; the empty text is a caption."""
+        text = text_of(self.samples[index][0]).read_text("utf-8-sig", "replace")
+        return [line.strip() for line in text.splitlines() if line.strip()] or [""]
+
     def read(self, index, key):
-        """A file's image, or None if it is broken: one rule for all that a decoder may raise."""
-        path, _ = self.samples[index]
+        """A file's image and label, or None if it is broken: one rule for all that a decoder may
+        raise."""
+        path, label = self.samples[index]
         if not self.broken[index]:
             try:
-                return self.prepare(read_image(path), path, key)
+                if self.captioned:
+                    label = self.captions(index)[key % len(self.captions(index))]
+                return self.prepare(read_image(path), path, key), label, key
             except Exception as error:
                 self.broken[index] = True
                 print(f"skipped {path}: {error}", flush=True)
 
     def __getitem__(self, item):
         index, key = item
-        image = self.read(index, key)
+        found = self.read(index, key)
         draws = np.random.default_rng([key, 1])  # other draws than the crop's
-        while image is None and self.train:
+        while found is None and self.train:
             if self.broken.all():
                 raise UserError("not one image of the folder can be read: give other --data")
-            index = draws.integers(len(self))
-            image = self.read(index, key)
-        return None if image is None else (image, self.samples[index][1], key)
+            found = self.read(draws.integers(len(self)), key)
+        return found
 
 
-def open_data(data, size, crop=False):
+def text_of(path):
+    """Where the text of an image would be."""
+    return Path(path).with_suffix(".txt")
+
+
+def open_data(data, size, crop=False, captioned=False):
     """The training set: `shapes`, or an image folder (its train/, if it is laid out in splits).
-    Items: (index, key) -> (uint8 image (3,size,size), label, key)."""
+    Items: (index, key) -> (uint8 image (3,size,size), label or caption, key)."""
     if data == "shapes":
         from assets.shapes import Shapes
-        return Shapes(size)
-    folder, _ = splits(data)
-    return Folder(folder, size, train=True, crop=crop)
+        return Shapes(size, captioned=captioned)
+    folder, _ = splits(data, captioned)
+    return Folder(folder, size, train=True, crop=crop, captioned=captioned)
 
 
-def open_val(val, data, size):
+def open_val(val, data, size, captioned=False):
     """The held-out set, never trained on: --val (its val/, if it has splits), held-out shapes,
     DATA's val/, or None. Items as open_data's."""
     if (val or data) == "shapes":
         from assets.shapes import Shapes
-        return Shapes(size, first=50_000, count=10_000)  # training has those before
-    _, held_out = splits(val or data)
-    return Folder(held_out or val, size) if held_out or val else None
+        return Shapes(size, first=50_000, count=10_000, captioned=captioned)
+    _, held_out = splits(val or data, captioned)
+    return Folder(held_out or val, size, captioned=captioned) if held_out or val else None
 
 
 def centre_crops(dataset):
@@ -765,7 +791,8 @@ def evenly(length, most=None):
 
 def in_order(dataset, batch, device, rank=0, world=1, workers=None, most=None):
     """Each image once, or `most` of them; ranks take turns. Yields images (b,3,H,W) in [0,1],
-    labels (b,) and numbers (b,) counted from 0, those of broken files missing."""
+    labels (b,), or a list of captions, and numbers (b,) counted from 0, those of broken files
+    missing."""
     items = [(index, i) for i, index in enumerate(evenly(len(dataset), most))][rank::world]
     order = [items[i:i + batch] for i in range(0, len(items), batch)]
 
@@ -773,7 +800,8 @@ def in_order(dataset, batch, device, rank=0, world=1, workers=None, most=None):
     for part in loader_of(dataset, order, batch, workers):
         if part is not None:  # all of its files may be broken
             images, labels, numbers = part
-            yield images.to(device).float() / 255, labels.to(device), numbers
+            labels = labels.to(device) if torch.is_tensor(labels) else labels
+            yield images.to(device).float() / 255, labels, numbers
 
 
 def try_to_read(*datasets, workers=None, most=1000):
@@ -825,10 +853,12 @@ def shuffled(length, batch, accum=1, seed=0, step=0, rank=0, world=1):
 
 
 def batches(dataset, order, batch, workers, device):
-    """Endless (images (b,3,H,W) in [0,1], labels (b,)) on the device, keys (b,) on the CPU."""
+    """Endless (images (b,3,H,W) in [0,1], labels (b,)) on the device, keys (b,) on the CPU; captions
+    are a list."""
     for images, labels, keys in loader_of(dataset, order, batch, workers, device.type == "cuda"):
         images = images.to(device, non_blocking=True).float() / 255
-        yield images, labels.to(device, non_blocking=True), keys
+        labels = labels.to(device, non_blocking=True) if torch.is_tensor(labels) else labels
+        yield images, labels, keys
 
 
 # How alike two images are: a number for each pair of images (B,3,H,W) in [0,1]

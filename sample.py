@@ -4,10 +4,12 @@
 
     python sample.py                                     # out/'s newest run, or the bundled demo
     python sample.py --classes star heart --scale 1.5    # two classes, classifier-free guidance
+    python sample.py --prompt "a red star on dark green" "a small ring"    # two captions
     torchrun --nproc_per_node=8 -- sample.py --run release:imagenet256 --npz samples.npz
 
 An image is a function of (seed, its index, the model), whatever the batch or the number of ranks.
-B images, N tokens, D channels of a token, y labels. Source: arXiv 2510.11690, section 5.
+B images, N tokens, D channels of a token, y labels or captions. Sources: arXiv 2510.11690, section
+5; captions: arXiv 2601.16208.
 """
 import argparse
 import os
@@ -21,15 +23,15 @@ from tqdm import tqdm
 
 from rae import (UserError, at_least, command, default_data, load_rae, locate, mix, newest_run,
                  normals, refuse_changes, save_picture, say, start)
-from train_dit import conditional, euler, load_dit, sample_times
+from train_dit import conditional, euler, load_dit, null_of, open_text, sample_times
 
 
 # Guidance: each function gives v, and a weaker v away from which v is extended
 
 def classifier_free(model, y, z, t):
-    """The weaker one has no label; one pass, a batch of 2B."""
-    null = torch.full_like(y, model.num_classes)
-    return conditional(model, torch.cat([y, null]))(z.repeat(2, 1, 1), t).chunk(2)
+    """The weaker one has no label, or the empty caption; one pass, a batch of 2B."""
+    both = torch.cat([y, null_of(model, y)])
+    return conditional(model, both)(z.repeat(2, 1, 1), t).chunk(2)
 
 
 def autoguidance(model, weak, y, z, t):
@@ -43,7 +45,7 @@ def self_guidance(model, y, z, t):
 
 
 def guided(model, y, scale=1.0, weak=None, interval=(0, 1)):
-    """velocity(z, t) for the labels y (B,): v_weaker + scale (v - v_weaker) at times t in
+    """velocity(z, t) for labels or captions y: v_weaker + scale (v - v_weaker) at times t in
     `interval`, ends included; v elsewhere, and where scale is 1.
 
     weak: None for classifier-free guidance, a model on z's device, or "self" for the base head.
@@ -67,7 +69,7 @@ def guided(model, y, scale=1.0, weak=None, interval=(0, 1)):
 
 @torch.no_grad()
 def latents(model, rae, y, keys, alpha, steps=50, scale=1.0, weak=None, interval=(0, 1)):
-    """labels y (B,), keys (B,) -> z (B,N,D). Noise is drawn from an image's key, on the CPU for
+    """labels or captions y (B,...), keys (B,) -> z (B,N,D). Noise is drawn from an image's key, on the CPU for
     every device."""
     noise = normals(keys, rae.num_tokens * rae.token_dim, torch.device("cpu"))
     noise = noise.view(-1, rae.num_tokens, rae.token_dim).to(rae.mean.device)
@@ -77,12 +79,12 @@ def latents(model, rae, y, keys, alpha, steps=50, scale=1.0, weak=None, interval
 
 @torch.no_grad()
 def generate(model, rae, y, keys, alpha, *options, **more):
-    """labels y (B,), keys (B,) -> images (B,3,H,W) in [0,1]; options: those of `latents`."""
+    """labels or captions y (B,...), keys (B,) -> images (B,3,H,W) in [0,1]; options: `latents`'."""
     z = latents(model, rae, y, keys, alpha, *options, **more)
     return rae.decode(z).float().clamp(0, 1)
 
 
-# Labels
+# Labels and captions
 
 def balanced_label(seed, index, num_classes):
     """Labels (B,) of image indices (B,): each block of num_classes indices is a shuffle of all
@@ -117,11 +119,12 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--run", help="run folder, dit.pt or release:NAME (default: newest in out/, else the bundled demo)")
     add("--classes", nargs="+", help="names or indices; `none`: unconditional (default: all, of many ten)")
-    add("--num", type=at_least(1), help="images in all (default: 8 per class; with --npz 50000)")
-    add("--out", help="the grid's file, a column per class (default: samples.png)")
+    add("--prompt", nargs="+", help="captions, or a .txt file of them, one a line (default: ten of training)")
+    add("--num", type=at_least(1), help="images in all (default: 8 per class or caption; with --npz 50000)")
+    add("--out", help="the grid's file, a column per class or caption (default: samples.png)")
     add("--npz", help="instead of a grid, this .npz for fid.py: class-balanced, shuffled, uint8 (N,H,W,3)")
     add("--steps", type=at_least(1), default=50, help="Euler steps = evaluations of the model (default: 50)")
-    add("--scale", type=at_least(0, float), help="guidance (default: 1, none; with --guide 1.42, self 1.78)")
+    add("--scale", type=at_least(0, float), help="guidance (default: 1, none; captions 3; with --guide 1.42, self 1.78)")
     add("--guide", help="AutoGuidance by this run, dit.pt or release:NAME; `self`: by the model's base head;"
         " `none`: classifier-free (default: the model that comes with the run, else classifier-free)")
     add("--interval", type=at_least(0, float, 1), nargs=2, metavar=("LO", "HI"),
@@ -141,15 +144,19 @@ def parse_args(argv=None):
 def recorded(model):
     """What a dit.pt says of the latents that it makes, and of its classes."""
     said = dict(tokens=model.config["tokens"], token_dim=model.config["token_dim"],
-                latents=model.latents, classes=model.classes)
+                latents=model.latents, classes=model.classes, text=model.text or "none")
     return {key: value for key, value in said.items() if value is not None}
 
 
 def load(args, device):
     """(model, autoencoder, weak: None, a model or "self"; scale); refuses what does not fit."""
     # The model and its autoencoder, whose latents it makes
-    run = str(args.run or newest_run("dit.pt"))
+    run = str(args.run or newest_run("dit.pt", captioned=bool(args.prompt)))
     model = load_dit(run, device)
+    if args.prompt and not model.text or args.classes and model.text:
+        flag = "--prompt" if model.text else "--classes"
+        raise UserError(f"{run} was trained on {'captions' if model.text else 'classes'}: give {flag},"
+                        " or another --run")
     if not locate(model.rae, "rae.pt").exists():
         raise UserError(f"{run} was trained on {model.rae}, which is not there any more: bring it"
                         " back")
@@ -162,7 +169,8 @@ def load(args, device):
     guide = args.guide or model.guide
     scale = args.scale
     if scale is None:
-        scale = {None: 1.0, "none": 1.0, "self": 1.78}.get(guide, 1.42)  # RAEv2's, the paper's
+        plain = 3.0 if model.text else 1.0  # as measured: assets/README.md, "Text to image"
+        scale = {None: plain, "none": plain, "self": 1.78}.get(guide, 1.42)  # RAEv2's, the paper's
         if model.scale and not args.guide:
             scale = model.scale
     if guide == "none" or scale == 1:
@@ -174,22 +182,40 @@ def load(args, device):
                        "give a --guide that was trained on the same latents and classes")
 
     # Which guidance this model can have
-    unconditional = not model.classes or args.classes == ["none"]
+    unconditional = not (model.classes or model.text) or args.classes == ["none"]
     if unconditional and scale != 1 and not weak:
         raise UserError("classifier-free guidance needs classes: without any, give --scale 1 or"
                         " --guide")
     if not model.classes and args.classes and args.classes != ["none"]:
         raise UserError(f"{run} was trained without labels, and has no classes: leave --classes out")
     if scale != 1 and not weak and not model.label_dropout:
-        raise UserError(f"{run} was trained with --label-dropout 0 and has no null class: guide it"
-                        " by another model, --guide")
+        raise UserError(f"{run} was trained with --label-dropout 0 and has no null class, no empty"
+                        " caption: guide it by another model, --guide")
     if scale == 1 and args.interval:
         raise UserError("--interval is about guidance: give --scale or --guide as well")
-    way = f"guidance {scale:g} by {guide or 'the null class'} in {list(args.interval or (0, 1))}"
+    null = "the empty caption" if model.text else "the null class"
+    way = f"guidance {scale:g} by {guide or null} in {list(args.interval or (0, 1))}"
     trained = f" after {model.step} steps" if model.step else ""
     say(f"{run}{trained}, with {model.rae}: {args.steps} evaluations,"
         f" {way if scale != 1 else 'no guidance'}")
     return model, rae, weak, scale
+
+
+def columns_of(args, model, device):
+    """(names, y): what each column shows, and its labels (P,) or captions (P,L...)."""
+    if not model.text:
+        classes = pick_classes(args.classes, model.classes) if model.classes else [model.num_classes]
+        names = [str(model.classes[i]) if i < len(model.classes) else "no class" for i in classes]
+        return names, torch.tensor(classes)
+    source = dict(model.captions)
+    prompts = source.pop("examples")
+    if args.prompt:
+        files = [path for path in args.prompt if path.endswith(".txt")]
+        prompts = Path(files[0]).read_text("utf-8-sig").splitlines() if files else args.prompt
+    text = open_text(source["model"], source["length"], device, source.get("vocabulary"))
+    refuse_changes("the text model is not that of the training", source, text.source, "bring it back")
+    model.empty_caption = text([""])
+    return prompts, text(prompts)
 
 
 def main():
@@ -197,13 +223,14 @@ def main():
     device, rank, world = start()
     model, rae, weak, scale = load(args, device)
 
-    # A label and a key for every index, whichever rank draws it
-    classes = pick_classes(args.classes, model.classes) if model.classes else [model.num_classes]
-    num = args.num or (50_000 if args.npz else 8 * len(classes))  # as FID is published
+    # A column and a key for every index, whichever rank draws it
+    names, y = columns_of(args, model, device)
+    num = args.num or (50_000 if args.npz else 8 * len(names))  # as FID is published
     indices = torch.arange(num)
-    labels = torch.tensor(classes)[indices % len(classes)]
+    columns = indices % len(names)
     if args.npz and model.classes and not args.classes:
-        labels = balanced_label(args.seed, indices, len(model.classes))  # 50 of each, if 50,000
+        y = torch.arange(len(model.classes))
+        columns = balanced_label(args.seed, indices, len(y))  # 50 of each, if 50,000
     keys = mix(args.seed, 0, indices)  # 0: for noise; balanced_label has 1
 
     # Noise -> latents -> pixels, rounded to 8 bits; every rank draws a stretch of the indices
@@ -212,7 +239,7 @@ def main():
     pixels = [torch.zeros(0, side, side, 3, dtype=torch.uint8)]  # a stretch may be empty
     stretch = indices.tensor_split(world)[rank]
     for index in tqdm(stretch.split(args.batch), disable=rank > 0, unit="batch"):
-        images = generate(model, rae, labels[index], keys[index], model.alpha, args.steps, scale, weak,
+        images = generate(model, rae, y[columns[index]], keys[index], model.alpha, args.steps, scale, weak,
                           args.interval or (0, 1))              # (b, 3, H, W)
         images = (images * 255).round().byte().permute(0, 2, 3, 1)  # (b, H, W, 3)
         pixels.append(images.cpu())
@@ -230,16 +257,16 @@ def main():
         if rank == 0:
             array = np.concatenate([np.load(part) for part in parts])  # (num, H, W, 3)
             if args.npz:
-                np.savez(whole, arr_0=array, labels=labels.numpy())
+                labels = columns if model.text else y[columns]
+                np.savez(whole, arr_0=array, labels=labels.numpy(), names=names)
                 os.replace(whole, out)  # at once, or not at all
             else:
                 images = torch.from_numpy(array).permute(0, 3, 1, 2) / 255
-                save_picture(images, out, nrow=len(classes))
+                save_picture(images, out, nrow=len(names))
         dist.barrier()
     finally:
         for path in (parts[rank], whole):
             path.unlink(missing_ok=True)
-    names = [str(model.classes[i]) if i < len(model.classes) else "no class" for i in classes]
     what = f"{num} images" if args.npz else f"{num} images, columns {', '.join(names)}"
     say(f"wrote {out}: {what}, in {time.time() - begun:.1f} s. Next: {next_step(args, rae)}")
 

@@ -11,7 +11,9 @@ Source: arXiv 2510.11690, sections 4 and 5. Lines with "RAEv2" follow its sequel
 """
 import argparse
 import math
+import re
 import time
+import warnings
 from collections import defaultdict
 from pathlib import Path
 
@@ -23,8 +25,8 @@ from torch import nn
 
 from fid import frechet_distance, moments
 from rae import (ROOT, UserError, absolute_path, any_rank, apply_gradients, at_least, attention,
-                 autocast_for, batches, command, compile_blocks, ddp_in_fixed_order, default_data, grid_angles,
-                 in_fp32, in_order, load_rae, load_strict, locate, lock_run, mean_over_ranks,
+                 autocast_for, batches, command, compile_blocks, ddp_in_fixed_order, default_data,
+                 evenly, grid_angles, in_fp32, in_order, load_rae, load_strict, locate, lock_run, mean_over_ranks,
                  micro_batch, mix, newest_run, normals, open_data, open_val, read_weights,
                  record, remember, restore, resume, save_checkpoint, save_picture, say, say_cost,
                  shuffled, sincos_2d, start, stop_signal, try_to_read, wait_for)
@@ -37,6 +39,93 @@ SIZES = {            # width: depth, heads
     1152: (28, 16),  # XL
 }
 LEAST_T = 0.05  # v = (x_t - x) / t of a predicted x divides by no less, nor does its target
+
+
+# Captions -> y, a text model's view of them (arXiv 2601.16208)
+
+class Words:
+    """Captions -> word indices (B,L), whose vectors the DiT learns; -1 behind the end of a caption.
+    Index 0 begins each caption, and is all of the empty one. Errors: unknown words."""
+    def __init__(self, vocabulary, length):
+        self.source = dict(model="words", length=length, vocabulary=vocabulary)
+        self.config = dict(words=len(vocabulary) + 1, length=length)  # for DiT
+        self.index = {word: i for i, word in enumerate(vocabulary, 1)}
+
+    @staticmethod
+    def split(caption):
+        return re.findall(r"\w+", caption.lower())
+
+    def __call__(self, captions):
+        rows = [self.split(caption) for caption in captions]
+        unknown = {word for row in rows for word in row if word not in self.index}
+        if unknown:
+            raise UserError(f"the model does not know {', '.join(sorted(unknown))}; it knows"
+                            f" {', '.join(self.index):.500}")
+        rows = [torch.tensor([0, *(self.index[word] for word in row)]) for row in rows]
+        rows = [row[:self.source["length"]] for row in rows]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+
+
+class FrozenText:
+    """Captions -> last hidden states (B,L,E) of a pretrained text model, zeros where padded; name: a
+    model of the Hugging Face hub, or its folder. Errors: no transformers, no such model."""
+    def __init__(self, name, length, device):
+        try:
+            from transformers import AutoModel, AutoTokenizer  # wanted here alone
+        except ImportError:
+            raise UserError(f"--text {name} needs transformers: pip install transformers, or take"
+                            " --text words") from None
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            model = AutoModel.from_pretrained(name)
+        except Exception as error:  # no network, no such model: each has its own kind
+            said = str(error).strip().splitlines()[0]
+            raise UserError(f"--text {name}: no text model of the hub or folder ({said:.120}); without"
+                            " a network, name the folder of one that was brought") from None
+        model = model.get_encoder() if model.config.is_encoder_decoder else model
+        model = getattr(model, "text_model", model)  # of CLIP's two
+        weights = sum(p.double().abs().sum() for p in model.parameters())  # tell it from others
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.model = model.eval().requires_grad_(False).to(device, dtype)
+        self.source = dict(model=name, length=length, weights=f"{weights:.8g}")
+        self.config = dict(dim=model.config.hidden_size)  # for DiT
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+
+    @torch.no_grad()
+    def __call__(self, captions):
+        length = self.source["length"]
+        empty = self.tokenizer.eos_token or ""  # some make no token of the empty caption
+        captions = [caption or empty for caption in captions]
+        if max(map(len, self.tokenizer(captions).input_ids)) > length:
+            warnings.warn(f"captions of more than {length} tokens are cut: see --text-length")
+        tokens = self.tokenizer(captions, padding=True, truncation=True, max_length=length,
+                                return_tensors="pt").to(self.model.device)
+        states = self.model(**tokens).last_hidden_state.float()  # (B, L, E)
+        return states * tokens.attention_mask[..., None]
+
+
+def open_text(model, length, device, vocabulary=None):
+    """The text model `words`, of that vocabulary, or a frozen one by its name."""
+    return Words(vocabulary, length) if model == "words" else FrozenText(model, length, device)
+
+
+def vocabulary_of(dataset, args):
+    """The words of --text words: of the model that --init names, else of all captions, sorted."""
+    if args.text != "words":
+        return None
+    if args.init:
+        return load_dit(args.init).captions["vocabulary"]
+    lines = (line for index in range(len(dataset)) for line in dataset.captions(index))
+    return sorted({word for line in lines for word in Words.split(line)})
+
+
+def null_of(model, y):
+    """The condition that says nothing, as many as y: the null class, or the empty caption."""
+    if getattr(model, "text", None) is None:
+        return torch.full_like(y, model.num_classes)
+    null = model.empty_caption.to(y)  # (1, l) or (1, l, E)
+    pad = y.new_full((1, y.shape[1] - null.shape[1], *y.shape[2:]), -1 if y.ndim == 2 else 0)
+    return torch.cat([null, pad], 1).expand_as(y)
 
 
 # The model, from its parts up
@@ -75,10 +164,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x, cos, sin):
+    def forward(self, x, cos, sin, mask=None):
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (B, N, 3, heads, C)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                 # each (B, heads, N, C)
-        x = attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        x = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, mask)
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, width)
 
 
@@ -105,10 +194,10 @@ class Block(nn.Module):
         self.mlp = SwiGLU(width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x, c, cos, sin):
+    def forward(self, x, c, cos, sin, mask=None):
         modulation = self.adaLN_modulation(c).chunk(6, -1)  # 6 x (B, 1 or N, W)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-        x = x + gate1 * self.attn(self.norm1(x, shift1, scale1), cos, sin)
+        x = x + gate1 * self.attn(self.norm1(x, shift1, scale1), cos, sin, mask)
         return x + gate2 * self.mlp(self.norm2(x, shift2, scale2))
 
 
@@ -132,14 +221,17 @@ class DiT(nn.Module):
     of 4 channels (2-D RoPE), tokens that form no square. Sections 4.1 and 5.
 
     RAEv2: predict "x": the last layer gives the clean latent, of which forward makes v;
-    base_head k: a second, weaker output after block k.
+    base_head k: a second, weaker output after block k. text: a text model's config; y is captions
+    then, in context beside the image's tokens, and num_classes does not matter.
     """
-    def __init__(self, tokens=256, token_dim=768, width=1152, depth=28, heads=16, head=2048,
-                 head_depth=2, head_heads=16, num_classes=1000, predict="v", base_head=0):
+    def __init__(self, tokens=256, token_dim=768, width=1152, depth=28, heads=16, head=2048, head_depth=2,
+                 head_heads=16, num_classes=1000, predict="v", base_head=0, text=None):
         super().__init__()
         self.config = dict(tokens=tokens, token_dim=token_dim, width=width, depth=depth, heads=heads,
                            head=head, head_depth=head_depth, head_heads=head_heads,
                            num_classes=num_classes, predict=predict, base_head=base_head)
+        self.config |= dict(text=text) if text else {}
+        self.text = text
         self.num_classes = num_classes  # the null class's index, too
         self.depth = depth              # of the backbone; the head's blocks follow
         self.head = head
@@ -159,7 +251,14 @@ class DiT(nn.Module):
         self.s_embedder = nn.Linear(token_dim, width)            # of the noisy tokens
         self.register_buffer("pos_embed", sincos_2d(side, width)[None])  # (1, N, W)
         self.t_embedder = TimeEmbedder(width)                    # of the noise level
-        self.y_embedder = nn.Embedding(num_classes + 1, width)   # the last: no class
+        if text is None:
+            self.y_embedder = nn.Embedding(num_classes + 1, width)  # the last: no class
+        elif "words" in text:
+            self.word_embedder = nn.Embedding(text["words"], width)
+            self.word_positions = nn.Parameter(torch.empty(text["length"], width))
+        else:
+            self.text_embedder = nn.Sequential(nn.RMSNorm(text["dim"], eps=1e-6),
+                                               nn.Linear(text["dim"], width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.add_angles("", side, width // heads)
 
@@ -187,8 +286,13 @@ class DiT(nn.Module):
         for linear in xavier:
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
-        for table in (self.y_embedder, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(table.weight, std=0.02)
+        tables = [self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight]
+        if self.text is None:
+            tables.insert(0, self.y_embedder.weight)
+        elif "words" in self.text:
+            tables += [self.word_embedder.weight, self.word_positions]
+        for table in tables:
+            nn.init.normal_(table, std=0.02)
         outputs = [self.final_layer] + ([self.base_layer] if self.base_head else [])
         zeroed = [layer.adaLN_modulation[1] for layer in (*self.blocks, *outputs)]
         for linear in (*zeroed, *(layer.linear for layer in outputs)):
@@ -202,21 +306,38 @@ class DiT(nn.Module):
             return (x_t - out.float()) / t.clamp(min=LEAST_T)[:, None, None]
         return out.float()
 
+    def embed_caption(self, y):
+        """y (B,L) or (B,L,E) -> tokens (B,L,W), which of them are no padding (B,L)."""
+        if "words" in self.text:
+            return self.word_embedder(y.clamp(min=0)) + self.word_positions[:y.shape[1]], y >= 0
+        return self.text_embedder(y), y.any(2)
+
     def forward(self, x_t, t, y, base=False):
-        """x_t (B,N,D), t (B,) in [0,1], y (B,) int64 (num_classes: no class) -> v (B,N,D), fp32.
+        """x_t (B,N,D), t (B,) in [0,1], y (B,) int64 (num_classes: no class), or captions as its text
+        model gives them -> v (B,N,D), fp32.
         RAEv2: base (of a model with a base head): both outputs' v (2,B,N,D), of one pass."""
-        t_e = self.t_embedder(t)[:, None]      # (B, 1, W)
-        c = t_e + self.y_embedder(y)[:, None]  # (B, 1, W)
+        N = x_t.shape[1]
+        t_e = self.t_embedder(t)[:, None]              # (B, 1, W)
+        s = self.s_embedder(x_t) + self.pos_embed      # (B, N, W)
+        c, cos, sin, mask = t_e, self.cos, self.sin, None
+        if self.text is None:
+            c = t_e + self.y_embedder(y)[:, None]      # (B, 1, W)
+        else:  # in context: captions, which RoPE does not turn and whose padding nobody sees
+            caption, real = self.embed_caption(y)      # (B, L, W), (B, L)
+            s = torch.cat([s, caption], 1)             # (B, N + L, W)
+            cos = F.pad(cos, (0, 0, 0, y.shape[1]), value=1.0)
+            sin = F.pad(sin, (0, 0, 0, y.shape[1]))
+            mask = F.pad(real, (N, 0), value=True)[:, None, None]  # of keys: (B, 1, 1, N + L)
         if self.head:
             c = F.silu(c)  # and again in each block, as released
 
         # Backbone
-        s = self.s_embedder(x_t) + self.pos_embed  # (B, N, W)
         for number, block in enumerate(self.blocks[:self.depth], 1):
-            s = block(s, c, self.cos, self.sin)    # (B, N, W)
-            if base and number == self.base_head:  # RAEv2: a weaker prediction
-                u = F.silu(t_e + s)                # its input, and each token's condition
+            s = block(s, c, cos, sin, mask)            # (B, N (+ L), W)
+            if base and number == self.base_head:      # RAEv2: a weaker prediction
+                u = F.silu(t_e + s[:, :N])             # its input, and each token's condition
                 v_base = self.velocity(self.base_layer(u, u), x_t, t)  # (B, N, D)
+        s = s[:, :N]                                   # the caption has said what it can
 
         # DDT head. v contains noise of full rank, so the layer before the output must have a width
         # H >= D. The backbone may be narrower: it is only each token's condition here.
@@ -261,7 +382,8 @@ def draws_of(z, keys, alpha, time):
 
 
 def flow_matching_loss(model, z, y, alpha, keys=None, label_dropout=0.0, time="logit-normal"):
-    """|| model(x_t, t, y) - v ||^2, a mean (section 3.2); z (B,N,D) latents, y (B,) labels.
+    """|| model(x_t, t, y) - v ||^2, a mean (section 3.2); z (B,N,D) latents, y (B,) labels or
+    captions as a text model gives them.
 
     keys (B,) make all draws functions of the sample; label_dropout: the share of null labels.
     RAEv2: with a base head it is the sum of two losses.
@@ -269,7 +391,8 @@ def flow_matching_loss(model, z, y, alpha, keys=None, label_dropout=0.0, time="l
     net = getattr(model, "module", model)          # without DDP
     eps, t, coin = draws_of(z, keys, alpha, time)  # (B, N, D), (B,), (B,)
     if label_dropout:                              # so that the model knows the null class
-        y = torch.where(coin <= label_dropout, net.num_classes, y)
+        dropped = (coin <= label_dropout).view(-1, *[1] * (y.ndim - 1))
+        y = torch.where(dropped, null_of(net, y), y)
 
     x_t = torch.lerp(z, eps, t[:, None, None])     # (1-t) z + t eps: a point between data and noise
     v = eps - z                                    # d x_t / dt: the way from data to noise
@@ -307,7 +430,8 @@ def load_dit(path_or_name, device="cpu"):
 
     What sampling needs is on it: alpha, classes ([]: unconditional), rae (the autoencoder's path)
     and latents (what its latents are), guide (an AutoGuidance model's path, or None), its scale,
-    label_dropout, step. Errors: no file, or another kind of file.
+    label_dropout, step; of a text model also captions, its source (for open_text) and examples.
+    Errors: no file, or another kind of file.
     """
     path = locate(path_or_name, "dit.pt")  # release:NAME is converted here
     saved = read_weights(path)
@@ -327,12 +451,13 @@ def load_dit(path_or_name, device="cpu"):
     model.rae = saved.get("rae") or str(path.parent / "rae.pt")
     model.guide = str(path.parent / saved["guide"]) if saved.get("guide") else None
     model.scale = saved.get("scale")
+    model.captions = saved.get("captions")
     return model.eval().requires_grad_(False).to(device)
 
 
 @torch.no_grad()
 def evaluate_dit(model, rae, dataset, alpha, device, unconditional=False, workers=None, batch=64,
-                 most=1024):
+                 most=1024, text=None):
     """{n: images, loss@.1: at that t, ..., fd}, of at most `most` held-out images; fd: the Fréchet
     distance of their mean tokens from those of latents generated for their labels in 25 steps.
     Call it on all ranks."""
@@ -343,8 +468,9 @@ def evaluate_dit(model, rae, dataset, alpha, device, unconditional=False, worker
     seen = torch.zeros(n, device=device)
     ranks = dist.get_rank(), dist.get_world_size()
     for images, y, numbers in in_order(dataset, batch, device, *ranks, workers, n):
+        y = text(y).to(device) if text else y
         if unconditional:
-            y = torch.full_like(y, model.num_classes)
+            y = null_of(model, y)
         z = rae.encode(images)  # (B, N, D)
         size = rae.num_tokens * rae.token_dim
         eps = normals(mix(0, 3, numbers), size, device).view_as(z)
@@ -365,18 +491,14 @@ def evaluate_dit(model, rae, dataset, alpha, device, unconditional=False, worker
 
 
 @torch.no_grad()
-def samples(model, rae, alpha, unconditional):
-    """Fifty images (50,3,H,W) in 25 steps, ten classes in columns, of the same noise."""
-    count = model.num_classes
-    column = torch.arange(50) % 10
-    y = column * max(1, count // 10) % count  # of many, ten far apart
-    if unconditional:
-        y.fill_(count)
+def samples(model, rae, alpha, columns):
+    """Fifty images (50,3,H,W) in 25 steps, of the same noise; columns: ten labels or captions."""
     device = rae.mean.device
+    y = columns[torch.arange(50) % 10].to(device)
     size = rae.num_tokens * rae.token_dim
     noise = normals(mix(0, torch.arange(50)), size, torch.device("cpu")).to(device)
     noise = noise.view(50, rae.num_tokens, rae.token_dim)
-    z = euler(conditional(model, y.to(device)), noise, sample_times(25, alpha))  # (50, N, D)
+    z = euler(conditional(model, y), noise, sample_times(25, alpha))  # (50, N, D)
     return rae.decode(z).float()
 
 
@@ -420,6 +542,8 @@ def parse_args(argv=None, encoder="dinov2_b"):
     add("--head-heads", type=count, help="attention heads of the DDT head")
     add("--predict", choices=("v", "x"), default="v", help="what the last layer gives: velocity, or latent")
     add("--base-head", type=at_least(0), default=0, help="a second output after this block, for --guide self")
+    add("--text", help="captions in place of classes, by `words` or a frozen text model's name or folder")
+    add("--text-length", type=count, default=77, help="tokens of a caption, at most")
     # flow matching
     add("--time", choices=("logit-normal", "uniform"), help="t before the shift")
     add("--no-shift", action="store_true", help="alpha = 1, for the paper's ablation")
@@ -526,8 +650,9 @@ def main():
     if not args.data and data != "shapes" and not Path(data).is_dir():
         raise UserError(f"{data}, on which {rae_path} was trained, is not there: name it, or other"
                         " images, with --data")
-    dataset = open_data(data, rae.output_size)
-    held_out = open_val(args.val, data, rae.output_size) if args.eval_every else None
+    captioned = args.text is not None
+    dataset = open_data(data, rae.output_size, captioned=captioned)
+    held_out = open_val(args.val, data, rae.output_size, captioned) if args.eval_every else None
     if args.eval_every and not held_out:
         raise UserError(f"--eval-every needs held-out images, and {data} has no val/: give --val")
     if held_out and held_out.classes != dataset.classes:
@@ -541,15 +666,23 @@ def main():
         raise UserError(f"--epochs {args.epochs}: no step to train")
     micro, accum = micro_batch(args.batch, args.micro, world)
 
+    # What captions become; a class model has none
+    text = captions = None
+    if captioned:
+        text = open_text(args.text, args.text_length, device, vocabulary_of(dataset, args))
+        examples = [dataset[index, index][1] for index in evenly(len(dataset), 10)]
+        captions = dict(text.source, examples=examples)
+
     # The run's folder, and where an earlier start of this command left it
     run = run or Path(f"out/{rae.name}")
     lock_run(run)
     config = {name: getattr(args, name) for name in (
         "width", "depth", "heads", "head", "head_depth", "head_heads", "predict", "base_head")}
     config |= dict(tokens=rae.num_tokens, token_dim=rae.token_dim, num_classes=len(dataset.classes))
+    config |= dict(text=text.config) if text else {}
     fixed = dict(config, stage=2, seed=args.seed, batch=args.batch, alpha=alpha, time=args.time,
                  label_dropout=args.label_dropout, data=Path(data).name, images=len(dataset),
-                 latents=rae.latents)
+                 latents=rae.latents, captions=text.source if text else None)
     saved, step = resume(run / "dit.pt", fixed)
     if saved and step >= total:
         return say(f"{run}/dit.pt is at step {step} of {total}: finished; --epochs, --steps extend it")
@@ -559,6 +692,12 @@ def main():
     # The model, the average of its weights, the optimiser: new, or as an earlier start left them
     torch.manual_seed(args.seed)  # of the weights
     model = DiT(**config).to(device)
+    columns = torch.arange(10) * max(1, model.num_classes // 10) % model.num_classes  # far apart
+    if text:
+        model.empty_caption = text([""])
+        columns = text(examples)
+    elif unconditional:
+        columns.fill_(model.num_classes)
     if args.init and not saved:
         load_strict(model, initial_weights(args, model), f"--init {args.init}")
     ema = ModelEmaV3(model, decay=args.ema)
@@ -572,8 +711,8 @@ def main():
         same_folder = locate(rae_path, "rae.pt").resolve() == (run / "rae.pt").resolve()
         if rank == 0:
             save_checkpoint(path, config=config, fixed=fixed, data=data, step=step, alpha=alpha,
-                            classes=[] if unconditional else dataset.classes,
-                            rae=None if same_folder else absolute_path(rae_path),
+                            classes=[] if unconditional or text else dataset.classes,
+                            rae=None if same_folder else absolute_path(rae_path), captions=captions,
                             **{name: part.state_dict() for name, part in parts.items()})
 
     # Arithmetic, ranks, the order of the images
@@ -581,10 +720,11 @@ def main():
     if args.compile:
         compile_blocks(model.blocks, device)
     inputs = (torch.zeros(micro, rae.num_tokens, rae.token_dim, device=device),   # x_t, t, y
-              torch.zeros(micro, device=device), torch.zeros(micro, dtype=torch.int64, device=device))
+              torch.zeros(micro, device=device), columns[:1].expand(micro, *columns.shape[1:]).to(device))
     flops = say_cost(f"{run}: DiT", lambda: DiT(**config), *inputs, args.base_head > 0)
+    what = f"captions by {args.text}, images not mirrored" if text else f"{len(dataset.classes)} classes"
     say(f"{rae.num_tokens} x {rae.token_dim} latents of {rae.name} ({rae_path}); {data}: {len(dataset)}"
-        f" images, {len(dataset.classes)} classes; alpha {alpha:.3f}; {dtype}; {world} x {device.type},"
+        f" images, {what}; alpha {alpha:.3f}; {dtype}; {world} x {device.type},"
         f" {accum} x {micro} images each; steps {step} to {total}")
     ddp = ddp_in_fixed_order(model, autocast, *inputs, args.base_head > 0)
     order = shuffled(len(dataset), args.batch, accum, args.seed, step, rank, world)
@@ -597,8 +737,11 @@ def main():
     while step < total and not stop:
         for i in range(accum):
             images, y, keys = next(loader)
-            mirrored = (keys & 1).bool().to(device, non_blocking=True)  # each image's own coin
-            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+            if text:                                         # it may name a side: no mirroring
+                y = text(y).to(device)
+            else:
+                mirrored = (keys & 1).bool().to(device, non_blocking=True)  # each image's own coin
+                images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
             z = rae.encode(images)                           # (B, N, D)
             ddp.require_backward_grad_sync = i == accum - 1  # ranks average once a step
             with autocast():
@@ -617,7 +760,7 @@ def main():
             pause = wait_for(device)
             save(run / "dit.pt", **parts)  # first: a stopped run has seconds
             if rank == 0 and not stop:
-                pictures = samples(ema.module, rae, alpha, unconditional)
+                pictures = samples(ema.module, rae, alpha, columns)
                 save_picture(pictures, run / f"samples/{step:07d}.png", nrow=10)
             clock += time.time() - pause
         if args.keep_every and step % max(1, round(args.keep_every * epoch)) == 0:
@@ -630,7 +773,8 @@ def main():
             since, clock = step, time.time()
         if held_out and step % args.eval_every == 0 and not stop:
             pause = wait_for(device)
-            found = evaluate_dit(ema.module, rae, held_out, alpha, device, unconditional, args.workers)
+            found = evaluate_dit(ema.module, rae, held_out, alpha, device, unconditional, args.workers,
+                                 text=text)
             record(run, stage=2, step=step, **found)
             clock += time.time() - pause
     if stop:

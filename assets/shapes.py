@@ -78,6 +78,9 @@ class Shapes(Dataset):
     mirrored picture is as likely as the original. Indices from 50,000 on are never trained on.
 
     Items are (index, key) -> (uint8 image (3,size,size), label, key), as those of an image folder.
+
+    captioned: the label is a caption such as "a small red star at the top left on dark blue". All that it says
+    is true, and some of it is left out, as the key decides. Of each class one colour is never trained on.
     """
     classes = "circle square triangle star ring plus diamond crescent arrow heart".split()
     ranges = {  # places and the radius are in halves of the side
@@ -89,7 +92,10 @@ class Shapes(Dataset):
         "radius":     (0.52, 0.80),    "angle":             (-math.pi / 12, math.pi / 12),
     }
 
-    def __init__(self, size=32, first=0, count=50_000):
+    colours_by_name = "red orange lime green cyan blue purple pink".split()  # each an eighth of the hues
+
+    def __init__(self, size=32, first=0, count=50_000, captioned=False):
+        self.captioned = captioned
         self.size = size
         self.first = first
         self.count = count
@@ -109,13 +115,53 @@ class Shapes(Dataset):
     def __getitems__(self, items):
         """What DataLoader calls for a batch: [(index, key), ...] -> [(uint8 image, label, key), ...]."""
         indices, keys = zip(*items)
-        images, labels = self.render(self.first + torch.tensor(indices))
-        return list(zip(images, labels.tolist(), keys))
+        indices = self.first + torch.tensor(indices)
+        images, labels = self.render(indices)
+        labels = self.caption(indices, torch.tensor(keys)) if self.captioned else labels.tolist()
+        return list(zip(images, labels, keys))
 
     def uniform(self, indices):
         """(B,) int64 -> (B, 12) numbers in [0, 1), each a hash of (index, parameter)."""
         bits = mix(indices[:, None], torch.arange(len(self.low))) >> 39   # the 24 highest of 63
-        return bits.float() / 2 ** 24
+        u = bits.float() / 2 ** 24
+        if self.captioned and self.first == 0:                            # training
+            u[:, 0] = (u[:, 0] + self.held_out(u, indices) / 8) % 1       # takes the next colour
+        return u
+
+    def held_out(self, u, indices):
+        """Which drawings (B,), u (B,12), have the colour that their class is never trained in."""
+        return (8 * u[:, 0] + 0.5).long() % 8 == indices % len(self.classes) % 8
+
+    def captions(self, index):
+        """All the words that captions have, as one line: those of all images."""
+        return [" ".join(["a small large at the top bottom left right on dark", *self.colours_by_name, *self.classes])]
+
+    def caption(self, indices, keys, chance=0.7):
+        """(B,) -> B captions; what is unclear is not said, and each clear thing with this chance."""
+        u = self.uniform(indices)
+        said = (mix(keys[:, None], torch.arange(4)) >> 39).float() / 2 ** 24 < chance
+        captions = []
+        for (hue, ground, *_, x, y, radius, _), label, (size, colour, place, on) in zip(
+                u.tolist(), (indices % len(self.classes)).tolist(), said.tolist()):
+            words = ["a"]
+            if size and abs(radius - 0.5) > 0.1:
+                words.append("small" if radius < 0.5 else "large")
+            if colour:
+                words += self.colour(hue)
+            words.append(self.classes[label])
+            where = [] if abs(y - 0.5) < 0.1 else ["top" if y < 0.5 else "bottom"]
+            where += [] if abs(x - 0.5) < 0.1 else ["left" if x < 0.5 else "right"]
+            if place and where:
+                words += ["at", "the", *where]
+            if on and self.colour(ground):
+                words += ["on", "dark", *self.colour(ground)]
+            captions.append(" ".join(words))
+        return captions
+
+    def colour(self, hue):
+        """The name of a hue in [0,1), if it is clearly one, as a list."""
+        number = round(8 * hue)
+        return [self.colours_by_name[number % 8]] if abs(8 * hue - number) < 0.4 else []
 
     def render(self, indices):
         """(B,) int64 -> images uint8 (B, 3, size, size), labels int64 (B,)."""
