@@ -30,6 +30,12 @@ def one_process_group():
     dist.destroy_process_group()
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """No test depends on which ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
     """A folder of 40 PNGs in 4 classes, of odd sizes."""

@@ -602,6 +602,14 @@ def test_files_that_lost_pixels_are_said(judge, tmp_path):
         assert ("compressed with loss" in said(judge(tmp_path / kind, *TINY))) == lossy
 
 
+def test_a_number_of_images_cuts_the_generated_ones_alone(judge, pair):
+    result = judge(*pair, "--features", "tiny", "--num", 120)
+    assert (result["n"], result["reference_n"]) == (120, 150)
+    sides = pictures(203)[evenly(203, 120)], pictures(150, seed=1) // 8 * 8
+    expected = fid.frechet_distance(*(x for side in sides for x in fid.moments(tokens(as_batch(side)))))
+    assert result["fd"] == pytest.approx(expected, rel=1e-3)
+
+
 def test_two_or_three_images_have_a_distance_if_no_recall(judge, tmp_path):
     np.savez(tmp_path / "real.npz", arr_0=pictures(20, seed=1))
     for count in (2, 3, 4):

@@ -130,6 +130,14 @@ def test_a_circle_covers_the_area_of_a_circle():
     assert (rows * axis).sum() / rows.sum() == pytest.approx(-0.1, abs=0.01)
 
 
+@pytest.mark.parametrize("radius", [0.3, 0.5, 0.75])
+def test_the_edge_of_a_shape_is_one_pixel_wide_whatever_its_size(radius):
+    cover = drawn("circle", 64, radius=radius)
+    axis = torch.arange(64) - 31.5
+    distance = (axis ** 2 + axis[:, None] ** 2).sqrt() - 0.95 * radius * 32   # in pixels, from the outline
+    assert (cover - (0.5 - distance).clamp(0, 1)).abs().max() < 0.04
+
+
 @pytest.mark.parametrize("name, area", [                                # of outlines of radius 1, by hand
     ("square", 1.64 ** 2), ("triangle", 1.7), ("diamond", 1.2), ("plus", 2 * 2 * 0.6 - 0.6 ** 2),
     ("ring", math.pi * (1 - 0.56 ** 2)), ("star", 5 * 0.45 * math.sin(math.pi / 5))])

@@ -10,7 +10,7 @@ from torchvision.transforms.functional import to_pil_image
 
 import sample
 from rae import RAE, load_rae, mix, normals
-from assets.probe import best_of, fit_latent_probe
+from assets.probe import best_of, fit_latent_probe, fit_probe
 from sample import balanced_label, generate, guided, pick_classes
 from train_dit import DiT, euler, sample_times
 
@@ -128,6 +128,34 @@ def test_classes_are_picked_by_name_or_index():
     assert pick_classes(["b", "0"], ["a", "b"]) == [1, 0] and pick_classes(["none"], ["a", "b"]) == [2]
     with pytest.raises(ValueError, match="unknown class dodo: the model knows a, b"):
         pick_classes(["dodo"], ["a", "b"])
+
+
+@pytest.mark.parametrize("count, expected", [(3, [0, 1, 2]), (10, [*range(10)]), (11, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
+                                             (1000, [100 * i for i in range(10)]), (95, [0, 9, 19, 28, 38, 47, 57, 66, 76, 85])])
+def test_of_many_classes_ten_far_apart_are_shown(count, expected):
+    assert pick_classes(None, [*range(count)]) == expected
+
+
+def test_a_probe_is_fitted_to_the_end_on_data_that_no_line_separates():
+    """At the optimum of a convex loss the gradient is zero: 20 iterations do not get there."""
+    torch.manual_seed(0)
+    x = torch.randn(2000, 60) @ torch.diag(torch.logspace(0, -2, 60)) @ torch.randn(60, 60)
+    y = ((x @ torch.randn(60, 5)) + 3 * torch.randn(2000, 5)).argmax(1)
+    logits = fit_probe(x, y, 5)
+    scaled = ((x - x.mean(0)) / (x.std(0) + 1e-6)).double()
+    error = (logits(x).double().softmax(1) - torch.eye(5)[y]) / 2000
+    weight = torch.linalg.lstsq(scaled, (logits(x) - logits(x.mean(0, keepdim=True))).double()).solution
+    assert (scaled.T @ error + 1e-4 * weight).norm() < 2e-3
+
+
+def test_the_best_of_n_has_a_probe_of_50_images_a_class_and_at_least_10_000(monkeypatch):
+    asked = []
+    monkeypatch.setattr("assets.probe.mean_tokens", lambda rae, dataset, num: asked.append(num) or (torch.randn(20, 4), torch.arange(20) % 2))
+    for count in (2, 300):
+        data = type("", (), dict(classes=[*range(count)]))
+        monkeypatch.setattr("assets.probe.open_data", lambda *_: data)
+        fit_latent_probe(type("", (), dict(image_size=32)), "data", count)
+    assert asked == [10_000, 15_000]
 
 
 def test_the_probe_of_best_of_tells_classes_by_their_mean_token(tmp_path):

@@ -72,6 +72,124 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(trained, tmp_path, photo
     assert "finished" in inside("train_dit.py", *DIT, "--data", photos, "--steps", 6, cwd=tmp_path)
 
 
+FIXED_1 = {  # what may not change when stage 1 is resumed: flags that change it
+    "encoder": "--encoder tiny_vae", "decoder": "--decoder B", "image_size": "--image-size 64", "upsample": "--upsample 2",
+    "stage": None, "seed": "--seed 1", "batch": "--batch 8", "tau": "--tau 0.7", "noise": "--noise uniform",
+    "data": "--data OTHER", "images": "--data MORE"}
+FIXED_2 = {
+    "tokens": None, "token_dim": None, "width": "--width 48", "depth": "--depth 2", "heads": "--heads 2", "head": "--head 48",
+    "head_depth": "--head-depth 1", "head_heads": "--head-heads 2", "num_classes": "--data CLASSES", "predict": "--predict x",
+    "base_head": "--base-head 1", "stage": None, "seed": "--seed 1", "batch": "--batch 8", "alpha": "--no-shift",
+    "time": "--time uniform", "label_dropout": "--label-dropout 0.2", "data": "--data OTHER", "images": "--data MORE",
+    "latents": "--rae ELSEWHERE", "captions": "--data TEXTS --text words"}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, photos, trained):
+    """Folders as `photos`, but for one thing each; an autoencoder with another variance."""
+    path = tmp_path_factory.mktemp("places")
+    name = photos.name
+    for place in ("OTHER", f"more/{name}", f"classes/{name}", f"texts/{name}"):
+        shutil.copytree(photos, path / place)
+    shutil.copy(photos / "class0/0.png", path / f"more/{name}/class0/more.png")
+    (path / f"classes/{name}/class3").rename(path / f"classes/{name}/class0/class3")
+    for file in (path / f"texts/{name}").glob("*/*.png"):
+        file.with_suffix(".txt").write_text("a picture")
+    saved = load(trained / "out/tiny/rae.pt")
+    saved["var"][0, 0] *= 2
+    torch.save(saved, path / "rae.pt")
+    return {"OTHER": path / "OTHER", "MORE": path / f"more/{name}", "CLASSES": path / f"classes/{name}",
+            "TEXTS": path / f"texts/{name}", "ELSEWHERE": path / "rae.pt"}
+
+
+@pytest.mark.parametrize("script, key", [("train_decoder.py", key) for key in FIXED_1] + [("train_dit.py", key) for key in FIXED_2])
+def test_a_run_goes_on_with_the_settings_it_began_with(script, key, trained, places, tmp_path, photos):
+    stage = 1 if script == "train_decoder.py" else 2
+    flags = (FIXED_1 if stage == 1 else FIXED_2)[key]
+    saved = load(trained / "out/tiny" / ("rae.pt" if stage == 1 else "dit.pt"))
+    assert saved["fixed"].keys() == (FIXED_1 if stage == 1 else FIXED_2).keys()
+    if flags is None:  # follows from others
+        return
+    shutil.copytree(trained / "out", tmp_path / "out", ignore=shutil.ignore_patterns(".lock"))
+    common = (*(DECODER if stage == 1 else DIT), "--data", photos, "--run", "out/tiny", "--steps", 8)
+    with pytest.raises(UserError, match=f"belongs to other settings .*{key} was .*, is "):
+        inside(script, *common, *(places.get(word, word) for word in flags.split()), cwd=tmp_path)
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory, photos):
+    """A data set with held-out pictures, an uneven number of them."""
+    path = tmp_path_factory.mktemp("split")
+    shutil.copytree(photos, path / "train")
+    for label in range(4):
+        (path / f"val/class{label}").mkdir(parents=True)
+        for file in sorted((photos / f"class{label}").iterdir())[:3 + label]:
+            shutil.copy(file, path / f"val/class{label}")
+    return path
+
+
+def test_all_that_is_logged_is_the_same_on_two_ranks_with_accumulation(tmp_path, split):
+    """Losses, evaluations, and weights, at (2 ranks, 2 micro-batches) and alone."""
+    for ranks, micro in ((1, 12), (2, 3)):
+        for script, flags in (("train_decoder.py", (*DECODER, "--save-every", 2, "--steps", 4)),
+                              ("train_dit.py", (*DIT, "--eval-every", 2, "--steps", 4, "--base-head", 1))):
+            command = (script, *flags, "--data", split, "--micro", micro, "--run", f"run{ranks}")
+            if ranks == 1:
+                inside(*command, cwd=tmp_path)
+            else:
+                launch(*command, cwd=tmp_path, ranks=ranks)
+    alone, together = ([json.loads(line) for line in open(tmp_path / f"run{ranks}/log.jsonl")] for ranks in (1, 2))
+    assert len(alone) == len(together) == 6 + 6 and [line["n"] for line in alone if "n" in line] == [18] * 4
+    for one, two in zip(alone, together):
+        for key, value in one.items():
+            if key not in ("images_per_s", "tflops", "eta"):
+                expected = value and pytest.approx(value, rel=2e-3, abs=1e-5)         # LPIPS is None
+                assert two[key] == expected, (key, one, two)
+    for name in ("rae.pt", "dit.pt"):
+        one, two = load(tmp_path / "run1" / name), load(tmp_path / "run2" / name)
+        close(one["model"], two["model"]), close(one["ema"], two["ema"])
+
+
+def test_statistics_with_a_broken_file_are_those_of_the_others(tmp_path, photos):
+    for name in ("with", "without"):
+        (tmp_path / name / "all").mkdir(parents=True)
+        for i in range(110):
+            shutil.copy(photos / f"class{i % 4}/{i % 40}.png", tmp_path / f"{name}/all/{i:03}.png")
+    (tmp_path / "with/all/broken.png").write_bytes(b"")
+    for name, ranks in (("without", 1), ("with", 1), ("with", 2)):
+        flags = (*DECODER, "--data", name, "--epochs", 0, "--run", f"{name}{ranks}")
+        launch("train_decoder.py", *flags, cwd=tmp_path, ranks=ranks) if ranks > 1 else inside("train_decoder.py", *flags, cwd=tmp_path)
+    whole, *others = (load(tmp_path / f"{name}/rae.pt") for name in ("without1", "with1", "with2"))
+    for other in others:
+        for part in ("mean", "var"):
+            torch.testing.assert_close(other[part], whole[part], rtol=1e-5, atol=1e-6)
+
+
+def test_a_seed_decides_weights_and_draws_and_another_decides_otherwise(tmp_path, photos):
+    found = {}
+    for seed, run in ((0, "a"), (0, "b"), (1, "c")):
+        common = ("--data", photos, "--seed", seed, "--run", run, "--lr", 1e-12, "--steps", 1)
+        inside("train_decoder.py", *DECODER, *common, cwd=tmp_path)
+        inside("train_dit.py", *DIT, *common, cwd=tmp_path)
+        weights = [load(tmp_path / run / name)["model"] for name in ("rae.pt", "dit.pt")]
+        found[run] = (weights[0]["predict.weight"], weights[1]["blocks.0.attn.qkv.weight"], weights[1]["t_embedder.W"],
+                      losses(tmp_path / run, 1)[0], losses(tmp_path / run, 2)[0])
+    for a, b, c in zip(found["a"], found["b"], found["c"]):
+        assert (a == b if isinstance(a, float) else torch.equal(a, b))
+        assert (a != c if isinstance(a, float) else not torch.equal(a, c))
+
+
+@pytest.mark.parametrize("count, expected", [(7, [*range(7), 0, 1, 2]), (10, [*range(10)]), (11, [*range(10)]), (23, [2 * i for i in range(10)])])
+def test_pictures_show_ten_classes_far_apart(count, expected, tmp_path, photos, monkeypatch):
+    for label in range(count):
+        (tmp_path / f"data/{label:02}").mkdir(parents=True)
+        shutil.copy(photos / "class0/0.png", tmp_path / f"data/{label:02}")
+    shown = []
+    monkeypatch.setattr("train_dit.samples", lambda model, rae, alpha, columns: shown.append(columns) or torch.zeros(50, 3, 8, 8))
+    inside("train_dit.py", *DIT, "--data", "data", "--rae", ROOT / "assets/demo", "--run", "run", "--steps", 1, cwd=tmp_path)
+    assert shown[0].tolist() == expected
+
+
 def test_a_resumed_run_lets_go_of_the_checkpoint_that_it_replaces(trained, tmp_path, photos):
     """A mapped file that was replaced stays on the disk: three copies in place of two, while saving."""
     shutil.copytree(trained / "out", tmp_path / "out")
