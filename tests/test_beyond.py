@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import DIT, ROOT, inside, launch, load, losses
 
 import sample
-from rae import UserError
+from rae import UserError, count_flops
 from sample import guided
 from train_dit import DiT, flow_matching_loss, load_dit, warn_if_narrow
 
@@ -294,6 +294,13 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(runs, tmp_path):
 def test_two_ranks_train_a_base_head_as_one(runs, tmp_path):
     launch("train_dit.py", *DIT, *BOTH, "--rae", RAE, "--run", tmp_path, "--steps", 4, cwd=tmp_path, ranks=2)
     torch.testing.assert_close(losses(tmp_path, 2), losses(runs / "both", 2), rtol=1e-4, atol=1e-4)
+
+
+def test_the_cost_that_is_told_is_that_of_both_outputs(tmp_path):
+    text = inside("train_dit.py", *DIT, *BOTH, "--rae", RAE, "--run", "run", "--steps", 1, cwd=tmp_path)
+    config = load(tmp_path / "run/dit.pt")["config"]
+    _, flops = count_flops(lambda: DiT(**config), *inputs(12, 16, 96), True)
+    assert f" {flops / 12e9:.3g} GFLOPs an image" in text
 
 
 def test_a_model_without_a_base_head_starts_one_with_one(runs, tmp_path):

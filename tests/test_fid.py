@@ -20,7 +20,7 @@ from torchvision.models import Inception3
 import fid
 from assets import probe
 from assets.shapes import Shapes
-from conftest import ENVIRONMENT, as_it_was, inside, launch
+from conftest import ENVIRONMENT, ROOT, as_it_was, inside, launch
 from rae import (RAE, UserError, center_crop, evenly, load_lpips, open_val, psnr, read_image, save_checkpoint,
                  ssim)
 
@@ -505,6 +505,18 @@ def test_rows_keep_the_order_of_the_data_set_whatever_part_of_it_is_taken(tmp_pa
     data = fid.open_source(str(numbered(tmp_path / "folder"))).images
     assert fid.per_image(data, first_pixel, 2, CPU)[:, 0].tolist() == [20 * i for i in range(9)]
     assert fid.per_image(data, first_pixel, 2, CPU, 4)[:, 0].tolist() == [20 * i for i in evenly(9, 4)]
+
+
+def test_rows_keep_the_order_of_the_data_set_on_two_ranks(tmp_path):
+    numbered(tmp_path / "folder")
+    (tmp_path / "rows.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+                                      "import fid, rae\n"
+                                      "device, *_ = rae.start()\n"
+                                      "data = fid.open_source('folder').images\n"
+                                      "rows = fid.per_image(data, lambda images: images[:, 0, :1, 0], 2, device)\n"
+                                      "print(f'rows {rows[:, 0].int().tolist()}\\n', end='')\n")      # in one piece
+    text = launch(tmp_path / "rows.py", cwd=tmp_path, ranks=2)
+    assert text.count(f"rows {[20 * i for i in range(9)]}") == 2, text
 
 
 @pytest.mark.parametrize("broken, says", [([4], "^1 of 9 .*4.png"), ([0, 1, 7], "^3 of 9 .*0.png"),

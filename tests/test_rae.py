@@ -401,6 +401,13 @@ def test_each_image_is_seen_once_however_folders_are_linked(tmp_path):
     assert len(Folder(tmp_path, 8)) == 2
 
 
+def test_a_class_may_be_a_link(tmp_path):
+    paint(tmp_path / "elsewhere/x.png", tmp_path / "data/b/y.png")
+    (tmp_path / "data/a").symlink_to(tmp_path / "elsewhere")
+    data = Folder(tmp_path / "data", 8)
+    assert data.classes == ["a", "b"] and [label for _, label in data.samples] == [0, 1]
+
+
 def test_small_images_are_enlarged_with_a_warning_of_one_line(tmp_path, capsys):
     (tmp_path / "a").mkdir()
     for name, side in (("x", 40), ("y", 40), ("z", 64)):

@@ -204,10 +204,10 @@ def test_a_resumed_run_lets_go_of_the_checkpoint_that_it_replaces(trained, tmp_p
 
 def test_averages_are_kept_at_whole_epochs_beside_the_checkpoint(trained, tmp_path, photos):
     """40 images in steps of 12: epochs end at steps 3.3, 6.7, 10."""
-    inside("train_decoder.py", *DECODER, "--data", photos, "--steps", 4, "--keep-every", 1, cwd=tmp_path)
+    inside("train_decoder.py", *DECODER, "--data", photos, "--steps", 7, "--keep-every", 2, cwd=tmp_path)
     inside("train_dit.py", *DIT, "--data", photos, "--steps", 10, "--keep-every", 2, "--run", "out/tiny", cwd=tmp_path)
     kept = sorted(path.name for path in (tmp_path / "out/tiny").glob("*_*.pt"))
-    assert kept == ["dit_0000007.pt", "rae_0000003.pt"]
+    assert kept == ["dit_0000007.pt", "rae_0000007.pt"]
     saved = load(tmp_path / "out/tiny/dit_0000007.pt")
     assert saved["step"] == 7 and "optimizer" not in saved and "model" not in saved
     inside("train_dit.py", *DIT, "--data", photos, "--steps", 7, "--run", "again", "--rae", "out/tiny", cwd=tmp_path)
@@ -215,7 +215,7 @@ def test_averages_are_kept_at_whole_epochs_beside_the_checkpoint(trained, tmp_pa
     assert all(torch.equal(value, saved["ema"][key]) for key, value in whole.items())
     flags = ("--num", 2, "--steps", 2, "--guide", "out/tiny/dit_0000007.pt", "--scale", 1.5)
     assert "wrote" in inside("sample.py", "--run", "out/tiny", *flags, cwd=tmp_path)
-    assert "wrote" in inside("rae.py", photos / "class0/0.png", "--run", "out/tiny/rae_0000003.pt", cwd=tmp_path)
+    assert "wrote" in inside("rae.py", photos / "class0/0.png", "--run", "out/tiny/rae_0000007.pt", cwd=tmp_path)
 
 
 def test_stage_2_encodes_the_images_of_stage_1s_statistics_when_they_are_decoded_larger(tmp_path, photos):

@@ -369,6 +369,21 @@ def test_prompts_are_columns_and_rows_of_a_file(trained, tmp_path):
         assert np.abs(archive["arr_0"].astype(int) - pixels).max() <= 1
 
 
+def test_guidance_leaves_the_empty_prompt_where_it_is(trained, tmp_path):
+    """v_empty + scale (v - v_empty), and v is v_empty. Of random weights, which listen."""
+    saved = load(trained / "dit.pt")
+    ema = {key: 0.2 * torch.randn_like(value) for key, value in saved["ema"].items()}
+    torch.save(saved | dict(ema=ema), tmp_path / "dit.pt")
+    pictures = []
+    for scale in (1, 9):
+        inside("sample.py", "--run", tmp_path, "--steps", 2, "--prompt", "a ring", "", "--scale", scale, "--npz", "s.npz",
+               "--num", 4, cwd=tmp_path)
+        with np.load(tmp_path / "s.npz") as archive:
+            pictures.append(archive["arr_0"].astype(int))
+    moved = np.abs(pictures[1] - pictures[0]).max((1, 2, 3))
+    assert moved[1::2].max() <= 1 and moved[::2].min() > 10                   # grey levels
+
+
 @pytest.mark.parametrize("flags, sentence", [
     (("--prompt", "a crimson star"), "does not know crimson; it knows a, arrow"),
     (("--classes", "star"), "trained on captions: give --prompt")])

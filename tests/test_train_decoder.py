@@ -308,6 +308,14 @@ def test_two_ranks_agree_to_the_last_bit_and_free_the_decoders_graph(two_ranks):
     assert in_the_decoders_step > 0 and in_its_own == 0                       # nothing of the decoder's graph
 
 
+def test_two_ranks_that_accumulate_agree_to_the_last_bit(tmp_path, photos):
+    train(tmp_path, photos, "--steps", 3, "--micro", 3, ranks=2)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert len(first["weights"]) == 2 * 2 and first["weights"] == second["weights"]           # two steps, two micro-batches
+    for one, two in zip(first["trained"], second["trained"]):
+        assert all(torch.equal(value, two[key]) for key, value in one.items())
+
+
 def test_two_ranks_take_the_first_adversarial_step_of_one(adversarial, two_ranks):
     """With a discriminator that has not been trained: AdamW's change of a weight may hang on a rounding."""
     alone, together = (losses(run / "out/tiny", 1)[:2] for run in (adversarial, two_ranks))
