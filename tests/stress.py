@@ -187,7 +187,7 @@ from datetime import timedelta
 sys.path.insert(0, {str(ROOT)!r})
 import torch, torch.distributed as dist
 import rae
-from train_decoder import any_rank
+from rae import any_rank
 
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 join = dist.init_process_group
