@@ -307,8 +307,9 @@ ENCODERS = {  #            timm model                            image input pat
     "sdvae":     Encoder("stabilityai/sd-vae-ft-ema",             256, 256, 16,   16, HALF, options=dict(
                          block_out_channels=(128, 256, 512, 512), layers_per_block=2)),
     "pixel":     Encoder("",                                      256, 256, 16,  768, HALF),
-    # for a laptop: 16 tokens of a 32 px image; its baselines, a small VAE and pixels
+    # for a laptop: 16 tokens of a 32 px image; `tiny` saw labels, the others none: MAE, a VAE, pixels
     "tiny":       Encoder("vit_tiny_patch16_224",                  32,  32,  8,   96, HALF, options=TINY),
+    "tiny_ssl":   Encoder("vit_tiny_patch16_224",                  32,  32,  8,   96, HALF, options=TINY),
     "tiny_vae":   Encoder("vit_tiny_patch16_224",                  32,  32,  8,   16, HALF, options=dict(
                           TINY, num_classes=16)),  # a linear bottleneck: the posterior's mean
     "tiny_pixel": Encoder("",                                      32,  32,  8,  192, HALF),
@@ -398,7 +399,7 @@ def build_encoder(name, image_size, weights=None, flag="--encoder-weights PATH")
 
     # Weights: the bundled ones, the hub's, or those that were named
     if weights is None:
-        bundled = ROOT / f"assets/{name}.pt"  # tiny, tiny_vae
+        bundled = ROOT / f"assets/{name}.pt"  # tiny and its kin
         weights = bundled if bundled.exists() else fetch(*hub, f"{flag} (encoder {name})")
     if str(weights) != "random":  # random: as it was initialised
         state = dict(unwrap(weights if isinstance(weights, dict) else read_weights(weights)))

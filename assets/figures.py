@@ -251,15 +251,18 @@ def guidance(num=2000):
 
 
 # The paper's headline: the same DiT^DH on an encoder's latents, on a VAE's, on pixels
-LATENTS = {"RAE": "tiny", "VAE": "tiny_vae", "pixels": "tiny_pixel"}
+LATENTS = {"RAE": "tiny_ssl", "tiny (saw labels)": "tiny", "VAE": "tiny_vae", "pixels": "tiny_pixel"}
 MARKS = (250, 500, 1000, 1954)      # steps after which a run is judged
 BASES = (680, 170, 42.5)            # of the shift: alpha is half, once and twice that of the recipe
-NO_HEAD = "--depth 8 --head 0"      # a DiT of as many parameters as the recipe's DiT^DH
+NARROW = {  # a backbone narrower than a token of 96 channels, wider than one of 16; steps take as long
+    "DiT": "--width 64 --depth 12 --heads 4 --head 0",
+    "DiT^DH": "--width 64 --depth 4 --heads 4",
+}
 
 
 class Judge(Score):
     """Of samples: the share recognised, and FD in two spaces: what the classifier sees before its last layer,
-    which is a space of none of the latents, and `tiny`'s mean tokens, which are RAE's own."""
+    which is a space of none of the latents, and `tiny`'s mean tokens."""
     def __init__(self, num):
         super().__init__(num)
         self.spaces = {"fd": lambda x: parts(self.judge[:-1], x), "fd_tiny": pooled(self.rae)}
@@ -292,15 +295,10 @@ class Judge(Score):
         return found
 
 
-def autoencoder_of(name):
-    """RAE's is the demo's; those of the others are trained by `latents`."""
-    return ROOT / "assets/demo" if name == "RAE" else folder_of(f"latents, {name}")
-
-
-def judged(judge, name, base, seed=0, marks=MARKS, flags=""):
-    """{step: scores} of a DiT^DH; kept in its run's folder, so that a second start goes on."""
-    what = f"latents, {name}, base {base}, seed {seed}" + (f", {flags}" if flags else "")
-    autoencoder = autoencoder_of(name)
+def judged(judge, encoder, base, seed=0, marks=MARKS, flags=""):
+    """{step: scores} of a DiT; kept in its run's folder, so that a second start goes on."""
+    what = f"latents, {encoder}, base {base}, seed {seed}" + (f", {flags}" if flags else "")
+    autoencoder = folder_of(f"latents, {encoder}")
     scores = {}
     for step in marks:
         place = folder_of(what) / f"score_{step}.pt"
@@ -321,10 +319,10 @@ def steps_to(fd, scores):
 
 
 def latents(num=1000, seeds=3):
-    """RAE, VAE and pixels: the encoders, then their DiT^DHs by steps, a curve, and samples."""
+    """RAE, VAE and pixels: the decoders, then their DiT^DHs by steps, a curve, and samples."""
     curves()  # here, not after an hour
-    for name, encoder in list(LATENTS.items())[1:]:
-        run(f"latents, {name}", "train_decoder.py", "--encoder", encoder, "--save-every", "5000")
+    for encoder in LATENTS.values():
+        run(f"latents, {encoder}", "train_decoder.py", "--encoder", encoder, "--save-every", "5000")
     judge = Judge(num)
 
     # Each latent's own shift, by what is recognised after 500 steps; before them nothing is, and FD rewards
@@ -332,9 +330,12 @@ def latents(num=1000, seeds=3):
     best = {}
     print("| latents | tokens x channels | PSNR | probe, mean token | probe, all tokens |"
           f" recognised after {MARKS[1]} steps, by alpha |\n|---|---|---|---|---|---|")
-    for name in LATENTS:
-        rae = load_rae(autoencoder_of(name))
-        found = {base: judged(judge, name, base, marks=MARKS[:2])[MARKS[1]]["recognised"] for base in BASES}
+    for name, encoder in LATENTS.items():
+        rae = load_rae(folder_of(f"latents, {encoder}"))
+        found = {}
+        for base in BASES:
+            scores = judged(judge, encoder, base, marks=MARKS[:2])
+            found[base] = scores[MARKS[1]]["recognised"]
         best[name] = max(found, key=found.get)
         tried = ", ".join(f"{shift_alpha(rae.num_tokens, rae.token_dim, base):.2f}: {share:.1%}"
                           for base, share in found.items())
@@ -342,15 +343,17 @@ def latents(num=1000, seeds=3):
         print(f"| {name} | {rae.num_tokens} x {rae.token_dim} | {quality:.2f} dB | {mean_token:.1%} |"
               f" {all_tokens:.1%} | {tried} |", flush=True)
 
-    runs = {name: [judged(judge, name, best[name], seed) for seed in range(seeds)] for name in LATENTS}
+    runs = {name: [judged(judge, encoder, best[name], seed) for seed in range(seeds)]
+            for name, encoder in LATENTS.items()}
     compare(runs)
 
-    # The paper's Table 10: a head should pay where a token has many channels
-    print("| latents | model of 5.4 M | recognised | FD, classifier | FD, tiny |\n|---|---|---|---|---|")
+    # The paper's Table 10: a head pays where a token has more channels than the backbone is wide
+    print("| latents | model | recognised | FD, classifier | FD, tiny |\n|---|---|---|---|---|")
     for name in ("VAE", "RAE"):
-        plain = [judged(judge, name, best[name], seed, MARKS[-1:], NO_HEAD) for seed in range(seeds)]
-        for what, found in ((f"DiT, {NO_HEAD}", plain), ("DiT^DH", runs[name])):
-            print(f"| {name} | {what} | {row_of(found, MARKS[-1])} |", flush=True)
+        for what, flags in NARROW.items():
+            found = [judged(judge, LATENTS[name], best[name], seed, MARKS[-1:], flags)
+                     for seed in range(seeds)]
+            print(f"| {name} | {what}, {flags} | {row_of(found, MARKS[-1])} |", flush=True)
 
 
 def row_of(found, step):
@@ -366,16 +369,17 @@ def compare(runs):
         for step in MARKS:
             print(f"| {name} | {step:,} | {row_of(found, step)} |")
     last = MARKS[-1]
-    for name in list(LATENTS)[1:]:
-        ratios = [last / steps_to(other[last]["fd"], rae) for rae, other in zip(runs["RAE"], runs[name])]
-        print(f"speed-up to the FD of {name} after {last:,} steps: {with_range(ratios, '{:.2f}')}")
+    for fast in ("RAE", "tiny (saw labels)"):
+        for slow in ("VAE", "pixels"):
+            ratios = [last / steps_to(other[last]["fd"], one) for one, other in zip(runs[fast], runs[slow])]
+            print(f"{fast}: speed-up to the FD of {slow} after {last:,} steps: {with_range(ratios, '{:.2f}')}")
 
     # Quality against steps, a line for each latent, its seeds as a band
     figure, axes = curves().subplots(1, 2, figsize=(7, 2.8), layout="constrained")
     for key, axis in zip(("recognised", "fd"), axes):
         for name, found in runs.items():
             values = torch.tensor([[scores[step][key] for step in MARKS] for scores in found])
-            axis.plot(MARKS, values.mean(0), "o-", label=name)
+            axis.plot(MARKS, values.mean(0), "o--" if "labels" in name else "o-", label=name)
             axis.fill_between(MARKS, values.amin(0), values.amax(0), alpha=0.25)
         axis.set(xscale="log", xticks=MARKS, xticklabels=MARKS, xlabel="steps of 64")
         axis.minorticks_off()
@@ -388,7 +392,7 @@ def compare(runs):
     axes[0].legend()
     figure.savefig(ROOT / "assets/latents.png", dpi=110)
 
-    # The same noise after each mark: RAE's rows, the VAE's, those of pixels
+    # The same noise after each mark: the rows of each of the latents
     grids = [make_grid(torch.cat([found[0][step]["images"].float() for step in MARKS]), nrow=20)
              for found in runs.values()]
     save_image(grids, ROOT / "assets/latents_samples.png", nrow=1, padding=6, pad_value=1)
