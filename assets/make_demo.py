@@ -120,13 +120,18 @@ def pretrain(steps=2000, batch=128, noise=0.2):
     return encoder
 
 
-def drawn(count):
-    """Pictures of `shapes` to train on, drawn by chance: uint8 (count,3,32,32). No label goes with them."""
-    images, _ = SHAPES.render(torch.randint(len(SHAPES), (count,)))
+def labelled(count):
+    """Pictures of `shapes` to train on, taken by chance: uint8 (count,3,32,32), their labels (count,)."""
+    return SHAPES.render(torch.randint(len(SHAPES), (count,)))
+
+
+def pictures_alone(count):
+    """The same without their labels."""
+    images, _ = labelled(count)
     return images
 
 
-def pretrain_ssl(pictures=drawn, steps=2000, batch=128, masks=2, visible=4):
+def pretrain_ssl(pictures=pictures_alone, steps=2000, batch=128, masks=2, visible=4):
     """A masked autoencoder (MAE, the paper's third encoder) of `tiny`'s size; returns the encoder.
 
     It sees a quarter of a picture's 16 patches. A small decoder predicts the other three quarters, each
@@ -167,7 +172,7 @@ def pretrain_ssl(pictures=drawn, steps=2000, batch=128, masks=2, visible=4):
     return encoder
 
 
-def pretrain_vae(pictures=drawn, steps=2000, batch=128, kl=1e-3):
+def pretrain_vae(pictures=pictures_alone, steps=2000, batch=128, kl=1e-3):
     """A VAE, which is to keep pixels and nothing else: the ViT of `tiny` and a bottleneck of 16 channels, by
     L1 + kl x KL, both means over what they are of; returns the encoder. pictures: as of `pretrain_ssl`.
 
@@ -213,14 +218,19 @@ def pack(source, name, *keys, **extra):
 
 # The judge
 
-def train_judge(data, steps=500):
-    """A small convolutional classifier of shapes: images (B,3,32,32) in [0,1] -> logits (B,10)."""
+def classifier(widths=(16, 32, 64)):
+    """A small convolutional network: images (B,3,32,32) in [0,1] -> logits (B,10)."""
     layers = []
-    for a, b in ((3, 16), (16, 32), (32, 64)):
+    for a, b in zip((3, *widths), widths):
         layers += [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2)]
-    judge = nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, 128), nn.ReLU(), nn.Linear(128, 10))
+    layers += [nn.Flatten(), nn.Linear(16 * widths[-1], 128), nn.ReLU(), nn.Linear(128, 10)]
+    return nn.Sequential(*layers)
+
+
+def train_judge(judge, batch=labelled, steps=500):
+    """Trains a classifier; batch(count): uint8 images (count,3,32,32) to learn from, labels (count,)."""
     for _ in optimize(list(judge.parameters()), steps, lr=2e-3):
-        images, labels = data.render(torch.randint(len(data), (128,)))
+        images, labels = batch(128)
         noisy = images / 255 + 0.03 * torch.randn(images.shape)
         F.cross_entropy(judge(noisy), labels).backward()
     return judge.eval()
@@ -278,7 +288,7 @@ def check(run, num):
     data = Shapes()
     model = load_dit(ROOT / run)
     rae = load_rae(ROOT / model.rae)
-    judge = train_judge(data)
+    judge = train_judge(classifier())
 
     def right(images, labels):
         return (parts(judge, images).argmax(1) == labels).float()

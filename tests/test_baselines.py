@@ -102,7 +102,7 @@ def test_the_bundled_vae_tells_apart_what_it_must_reconstruct():
 
 @pytest.mark.skipif(not SSL.exists(), reason="its weights are not there")
 def test_the_bundled_masked_autoencoder_tells_classes_apart():
-    """Of half precision and one megabyte; a linear reading of its mean token, which saw no label, finds them."""
+    """Of half precision and one megabyte; a linear reading of its mean token finds them."""
     assert SSL.stat().st_size < 1.1 * 2 ** 20
     assert all(value.dtype == torch.float16 for value in read_weights(SSL).values())
     rae = RAE("tiny_ssl", "tiny", 32).load_encoder()
