@@ -105,8 +105,9 @@ ENCODERS = {  #            timm's model                          image input pat
     # the paper's baselines: Stable Diffusion's VAE (Table 10), pixels (Table 11)
     "sdvae":     Encoder("stabilityai/sd-vae-ft-ema",             256, 256, 16,   16, HALF),
     "pixel":     Encoder("",                                      256, 256, 16,  768, HALF),
-    # for a laptop: 16 tokens of an image of 32 pixels; and a small VAE and pixels
+    # for a laptop, 16 tokens of 32 px: `tiny` saw labels; MAE, a VAE and pixels saw none
     "tiny":       Encoder("vit_tiny_patch16_224",                  32,  32,  8,   96, HALF, options=TINY),
+    "tiny_ssl":   Encoder("vit_tiny_patch16_224",                  32,  32,  8,   96, HALF, options=TINY),
     "tiny_vae":   Encoder("vit_tiny_patch16_224",                  32,  32,  8,   16, HALF, options=dict(
                           TINY, num_classes=16)),  # a linear bottleneck: the posterior's mean
     "tiny_pixel": Encoder("",                                      32,  32,  8,  192, HALF),

@@ -1,13 +1,14 @@
-"""Makes the bundled demo from nothing, and judges it: `tiny`, its decoder, a DiT^DH and a weak one; and the
-baseline `tiny_vae`.
+"""Makes the bundled demo from nothing, and judges it: `tiny`, its decoder, a DiT^DH and a weak one; and two
+encoders that see no label, `tiny_ssl` and the baseline `tiny_vae`.
 
-    python assets/make_demo.py                      # everything, 75 minutes of one core
+    python assets/make_demo.py                      # everything, 80 minutes of one core
+    python assets/make_demo.py --only tiny_ssl      # one encoder
     python assets/make_demo.py --check              # the bundled demo's figures, some minutes
     python assets/make_demo.py --check out/tiny     # those of any run on shapes
 
-Writes assets/{tiny,tiny_vae}.pt and assets/demo/{rae,dit,weak}.pt: averaged weights only, in half precision.
-`tiny` is to `shapes` what DINOv2 is to photographs: its tokens say what is in the picture and keep what it
-looks like. `tiny_vae` is to it what Stable Diffusion's VAE is to DINOv2.
+Writes assets/{tiny,tiny_ssl,tiny_vae}.pt and assets/demo/{rae,dit,weak}.pt: averaged weights only, in half
+precision. `tiny` learns from labels: its tokens say what is in the picture and keep what it looks like.
+`tiny_ssl` is to `shapes` what the paper's MAE is to photographs, `tiny_vae` what Stable Diffusion's VAE is.
 """
 import argparse
 import math
@@ -25,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from assets.shapes import Shapes                                                      # noqa: E402
 from assets.probe import best_of, linear_probe                                        # noqa: E402
 from fid import frechet_distance, moments                                             # noqa: E402
-from rae import (RAE, at_least, autocast_for, build_encoder, load_rae, mix, patchify, psnr,  # noqa: E402
+from rae import (RAE, Decoder, at_least, autocast_for, build_encoder, load_rae, mix, patchify, psnr,  # noqa: E402
                  read_weights, save_checkpoint)
 from sample import generate                                                           # noqa: E402
 from train_dit import load_dit                                                        # noqa: E402
@@ -36,6 +37,7 @@ COMMANDS = [
     " --head-heads 3 --batch 128 --epochs 3 --decay-end 3 --ema 0.995",
     "train_dit.py --run out/demo --batch 128 --epochs 14 --decay-end 14 --ema 0.998",
 ]
+SHAPES = Shapes()
 README_NUM = 2000       # samples that the README's figures are of
 
 
@@ -71,19 +73,19 @@ def trainable(name):
 
 
 def bundle(encoder, name):
+    """The encoder's weights, in half precision, to assets/NAME.pt."""
     halves = {key: value.half() for key, value in encoder.state_dict().items()}
     torch.save(halves, ROOT / f"assets/{name}.pt")
 
 
 def pretrain(steps=2000, batch=128, noise=0.2):
-    """Trains `tiny` and writes assets/tiny.pt. Each part of the loss keeps something that the latents need:
+    """`tiny`; returns the encoder. Each part of the loss keeps something that the latents need:
 
     semantics: the class and the drawing's parameters, linearly, from every token;
     detail: a patch's pixels from its own token, noisy, so that noise does not drown them;
     correlation: somewhat less between channels, else the latents fill few of their 96 dimensions; without
     any they are white, good for the decoder, but so hard for the DiT that it makes blobs.
     """
-    data = Shapes()
     begun = time.time()
     encoder = trainable("tiny")
 
@@ -94,10 +96,10 @@ def pretrain(steps=2000, batch=128, noise=0.2):
     parameters = [p for module in (encoder, classify, regress, draw) for p in module.parameters()]
 
     for step in optimize(parameters, steps, lr=4e-3):
-        indices = torch.randint(len(data), (batch,))
-        images, labels = data.render(indices)
+        indices = torch.randint(len(SHAPES), (batch,))
+        images, labels = SHAPES.render(indices)
         x = images / 127.5 - 1                              # (B, 3, 32, 32)
-        drawing = drawing_of(data.uniform(indices))         # (B, 14)
+        drawing = drawing_of(SHAPES.uniform(indices))       # (B, 14)
         sigma = noise * torch.rand(batch, 1, 1)
         with torch.autocast("cpu", torch.bfloat16):
             z = encoder(x).float()                          # (B, 16, 96)
@@ -115,17 +117,68 @@ def pretrain(steps=2000, batch=128, noise=0.2):
         if step % 250 == 249:
             print(f"encoder, step {step + 1} of {steps}: {semantics=:.3f} {detail=:.4f} {correlation=:.3f}"
                   f" {time.time() - begun:.0f} s", flush=True)
-    bundle(encoder, "tiny")
+    return encoder
 
 
-def pretrain_vae(steps=2000, batch=128, kl=1e-3):
-    """Trains `tiny_vae`, which is to keep pixels and nothing else, and writes assets/tiny_vae.pt: the ViT of
-    `tiny` and a bottleneck of 16 channels, by L1 + kl x KL, both means over what they are of.
+def labelled(count):
+    """Pictures of `shapes` to train on, taken by chance: uint8 (count,3,32,32), their labels (count,)."""
+    return SHAPES.render(torch.randint(len(SHAPES), (count,)))
+
+
+def pictures_alone(count):
+    """The same without their labels."""
+    images, _ = labelled(count)
+    return images
+
+
+def pretrain_ssl(pictures=pictures_alone, steps=2000, batch=128, masks=2, visible=4):
+    """A masked autoencoder (MAE, the paper's third encoder) of `tiny`'s size; returns the encoder.
+
+    It sees a quarter of a picture's 16 patches. A small decoder predicts the other three quarters, each
+    patch's pixels normalised by that patch's own mean and deviation, as MAE does: what counts is the outline
+    in a patch and not its colour. pictures(count): uint8 (count,3,32,32), all that is ever seen.
+    masks: each picture is hidden in so many ways at a time.
+    """
+    begun = time.time()
+    encoder = trainable("tiny_ssl")
+    decoder = Decoder(16, 96, width=96, depth=2, heads=4, mlp_hidden=192, patch=8)
+    hidden = nn.Parameter(torch.zeros(1, 1, 96))            # stands for each token that is not visible
+    parameters = [*encoder.parameters(), *decoder.parameters(), hidden]
+
+    for step in optimize(parameters, steps, lr=4e-3):
+        x = pictures(batch) / 127.5 - 1                     # (B, 3, 32, 32)
+        pixels = patchify(x, 8).repeat(masks, 1, 1)         # (masks B, 16, 192)
+        places = torch.rand(len(pixels), 16).argsort(1)[:, :visible]            # (masks B, 4)
+        chosen = places[..., None].expand(-1, -1, 96)
+        with torch.autocast("cpu", torch.bfloat16):
+            # [CLS] and the visible patches, each with its position
+            cls_position, positions = encoder.pos_embed.split([1, 16], 1)
+            patches = (encoder.patch_embed(x) + positions).repeat(masks, 1, 1)
+            cls = (encoder.cls_token + cls_position).expand(len(patches), -1, -1)
+            tokens = encoder.blocks(torch.cat([cls, patches.gather(1, chosen)], 1))
+            z = encoder.norm(tokens.float())                # (masks B, 4, 96), as RAE takes them
+            # All 16 places, and from them a picture
+            filled = hidden.expand(len(z), 16, -1).scatter(1, chosen, z)
+            guess = patchify(decoder(filled), 8)            # (masks B, 16, 192)
+
+        # The error where nothing was visible
+        std = (pixels.var(-1, keepdim=True) + 0.01).sqrt()  # of 255 levels over [-1, 1] .1 is 13
+        target = (pixels - pixels.mean(-1, keepdim=True)) / std
+        error = (guess - target).square().mean(-1)          # (masks B, 16)
+        loss = error.scatter(1, places, 0).sum() / (len(error) * (16 - visible))
+        loss.backward()
+        if step % 250 == 249:
+            print(f"MAE, step {step + 1} of {steps}: {loss=:.4f} {time.time() - begun:.0f} s", flush=True)
+    return encoder
+
+
+def pretrain_vae(pictures=pictures_alone, steps=2000, batch=128, kl=1e-3):
+    """A VAE, which is to keep pixels and nothing else: the ViT of `tiny` and a bottleneck of 16 channels, by
+    L1 + kl x KL, both means over what they are of; returns the encoder. pictures: as of `pretrain_ssl`.
 
     kl: the posterior's noise stays far below its mean's variation (.05 to 1), as it does in Stable
     Diffusion's VAE, so that the mean, the latent, is nearly all that the decoder of this training has seen.
     """
-    data = Shapes()
     begun = time.time()
     encoder = trainable("tiny_vae")
     uncertain = nn.Linear(96, 16)                           # the log variance, wanted in training alone
@@ -133,8 +186,7 @@ def pretrain_vae(steps=2000, batch=128, kl=1e-3):
     parameters = [p for module in (encoder, uncertain, decoder) for p in module.parameters()]
 
     for step in optimize(parameters, steps, lr=4e-3):
-        images, _ = data.render(torch.randint(len(data), (batch,)))
-        x = images / 127.5 - 1                              # (B, 3, 32, 32)
+        x = pictures(batch) / 127.5 - 1                     # (B, 3, 32, 32)
         with torch.autocast("cpu", torch.bfloat16):
             features = encoder.forward_features(x)          # (B, 16, 96)
             mean = encoder.forward_head(features).float()   # (B, 16, 16)
@@ -150,7 +202,10 @@ def pretrain_vae(steps=2000, batch=128, kl=1e-3):
             decibels = psnr(copies.detach() / 2 + 0.5, x / 2 + 0.5).mean()
             print(f"VAE, step {step + 1} of {steps}: {detail=:.4f} {divergence=:.2f} sigma={sigma.mean():.3f}"
                   f" {decibels=:.2f} {time.time() - begun:.0f} s", flush=True)
-    bundle(encoder, "tiny_vae")
+    return encoder
+
+
+PRETRAINED = {"tiny": pretrain, "tiny_ssl": pretrain_ssl, "tiny_vae": pretrain_vae}
 
 
 def pack(source, name, *keys, **extra):
@@ -165,14 +220,19 @@ def pack(source, name, *keys, **extra):
 
 # The judge
 
-def train_judge(data, steps=500):
-    """A small convolutional classifier of shapes: images (B,3,32,32) in [0,1] -> logits (B,10)."""
+def classifier(widths=(16, 32, 64)):
+    """A small convolutional network: images (B,3,32,32) in [0,1] -> logits (B,10)."""
     layers = []
-    for a, b in ((3, 16), (16, 32), (32, 64)):
+    for a, b in zip((3, *widths), widths):
         layers += [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2)]
-    judge = nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, 128), nn.ReLU(), nn.Linear(128, 10))
+    layers += [nn.Flatten(), nn.Linear(16 * widths[-1], 128), nn.ReLU(), nn.Linear(128, 10)]
+    return nn.Sequential(*layers)
+
+
+def train_judge(judge, batch=labelled, steps=500):
+    """Trains a classifier; batch(count): uint8 images (count,3,32,32) to learn from, labels (count,)."""
     for _ in optimize(list(judge.parameters()), steps, lr=2e-3):
-        images, labels = data.render(torch.randint(len(data), (128,)))
+        images, labels = batch(128)
         noisy = images / 255 + 0.03 * torch.randn(images.shape)
         F.cross_entropy(judge(noisy), labels).backward()
     return judge.eval()
@@ -232,7 +292,7 @@ def check(run, num):
     data = Shapes()
     model = load_dit(ROOT / run)
     rae = load_rae(ROOT / model.rae)
-    judge = train_judge(data)
+    judge = train_judge(classifier())
 
     def right(images, labels):
         return (parts(judge, images).argmax(1) == labels).float()
@@ -274,6 +334,7 @@ def check(run, num):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", choices=PRETRAINED, help="make this encoder alone")
     parser.add_argument("--check", nargs="?", const="assets/demo", metavar="RUN", help="judge a run's folder")
     parser.add_argument("--num", type=at_least(20), default=README_NUM, help="samples to judge (%(default)s)")
     args = parser.parse_args()
@@ -285,9 +346,11 @@ def main():
         return check(args.check, args.num)
 
     # The encoders; a decoder of `tiny`, and two DiTs on its latents, by the commands that a user has
-    pretrain()
-    torch.manual_seed(0)
-    pretrain_vae()
+    for name in [args.only] if args.only else PRETRAINED:
+        torch.manual_seed(0)
+        bundle(PRETRAINED[name](), name)
+    if args.only:
+        return
     for command in COMMANDS:
         subprocess.run([sys.executable, *command.split()], cwd=ROOT, check=True)
     pack("out/demo/rae.pt", "rae.pt", "config", "mean", "var", encoder=None)

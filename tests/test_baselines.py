@@ -1,4 +1,4 @@
-"""The baselines of RAE: a VAE of the demo encoder's size, and pixels, decoded as they are encoded."""
+"""Encoders that saw no label: one of MAE, a VAE of its size, and pixels, decoded as they are encoded."""
 import re
 
 import pytest
@@ -6,14 +6,17 @@ import torch
 from conftest import DECODER, DIT, inside, load, losses
 from test_encoders import noise, plain_vit, random_weights, relative
 
+from assets.make_demo import pretrain_ssl, trainable
+from assets.probe import linear_probe
 from assets.shapes import Shapes
 from rae import ENCODERS, ROOT, RAE, UserError, default_data, load_rae, open_data, read_weights
 from train_decoder import parse_args
-from train_dit import warn_if_narrow
 from train_dit import parse_args as parse_dit
+from train_dit import warn_if_narrow
 
 VAE = ROOT / "assets/tiny_vae.pt"
-LAPTOP = ("tiny", "tiny_vae", "tiny_pixel")
+SSL = ROOT / "assets/tiny_ssl.pt"
+LAPTOP = ("tiny", "tiny_ssl", "tiny_vae", "tiny_pixel")
 
 
 # Pixels
@@ -95,6 +98,39 @@ def test_the_bundled_vae_tells_apart_what_it_must_reconstruct():
     assert std.shape == (16, 16) and std.min() > 0.05
 
 
+# The masked autoencoder
+
+@pytest.mark.skipif(not SSL.exists(), reason="its weights are not there")
+def test_the_bundled_masked_autoencoder_tells_classes_apart():
+    """Of half precision and one megabyte; a linear reading of its mean token finds them."""
+    assert SSL.stat().st_size < 1.1 * 2 ** 20
+    assert all(value.dtype == torch.float16 for value in read_weights(SSL).values())
+    rae = RAE("tiny_ssl", "tiny", 32).load_encoder()
+    images, labels = Shapes().render(torch.arange(48_000, 51_000))
+    tokens = rae.tokens(images / 255)                                   # (3000, 16, 96)
+    assert tokens.shape == (3000, 16, 96)
+    features = tokens.mean(1)
+    assert linear_probe(features[:2000], labels[:2000], features[2000:], labels[2000:]) > 0.8
+
+
+def test_masked_autoencoding_asks_for_pictures_alone():
+    """As many as a batch holds at each step, and what it returns is an encoder that has learned from them."""
+    asked = []
+
+    def pictures(count):
+        asked.append(count)
+        return torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8)
+
+    torch.manual_seed(0)
+    untrained = trainable("tiny_ssl").state_dict()
+    torch.manual_seed(0)
+    trained = pretrain_ssl(pictures, steps=3, batch=6).state_dict()
+    assert asked == [6, 6, 6]
+    assert trained.keys() == untrained.keys() == read_weights(SSL).keys()
+    moved = [key for key, value in trained.items() if not torch.equal(value, untrained[key])]
+    assert "pos_embed" in moved and "blocks.0.attn.qkv.weight" in moved
+
+
 # By the same commands
 
 @pytest.mark.parametrize("encoder", LAPTOP)
@@ -108,7 +144,8 @@ def test_the_laptops_encoders_share_recipe_and_data(encoder, monkeypatch):
     assert default_data(rae) == "shapes"
     args = parse_dit([], encoder)
     assert (args.width, args.head, args.batch, args.epochs) == (192, 256, 64, 2.5)
-    assert rae.num_tokens == 16 and rae.token_dim == dict(tiny=96, tiny_vae=16, tiny_pixel=192)[encoder]
+    channels = dict(tiny=96, tiny_ssl=96, tiny_vae=16, tiny_pixel=192)
+    assert rae.num_tokens == 16 and rae.token_dim == channels[encoder]
 
 
 @pytest.mark.parametrize("encoder", ["tiny_vae", "tiny_pixel"])
@@ -127,7 +164,7 @@ def test_a_baseline_goes_through_both_stages_and_is_sampled(encoder, tmp_path, p
     assert (tmp_path / "samples.png").exists()
 
 
-@pytest.mark.parametrize("encoder", ["tiny", "tiny_vae"])
+@pytest.mark.parametrize("encoder", ["tiny", "tiny_ssl", "tiny_vae"])
 def test_a_laptops_autoencoder_holds_its_encoder(encoder, tmp_path, photos):
     if not (ROOT / f"assets/{encoder}.pt").exists():
         pytest.skip("the encoder's weights are not there")
