@@ -18,7 +18,6 @@ protocol of ADM (Dhariwal 2021), as in the paper (arXiv 2510.11690).
 import argparse
 import hashlib
 import json
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,7 +126,7 @@ def moments(features):
 def factor(sigma, name):
     """Covariance S (D,D) -> L (D,D) with S = L L^T; UserError if S has negative eigenvalues."""
     values, vectors = np.linalg.eigh(sigma)  # ascending
-    # A zero eigenvalue, rounded to float32 at worst, is a small negative one: a zero again
+    # Rounding can make a zero eigenvalue slightly negative: it counts as zero
     if values[0] < -1e-5 * max(values[-1], 0) - 1e-30:
         raise UserError(f"the covariance of {name} has eigenvalues from {values[0]:.3g} to"
                         f" {values[-1]:.3g}, none may be negative: make its statistics anew")
@@ -165,9 +164,10 @@ def inception_score(logits, splits=10):
 
 
 def precision_recall(real, fake, k=3, block=2 ** 25):
-    """features (M,D), (N,D) -> share of fakes within a real's radius, of reals within a fake's.
+    """features (M,D), (N,D) -> precision, the share of fakes in a real image's ball; recall, the share
+    of reals in a fake image's ball.
 
-    A radius is the distance to the k-th nearest neighbour; `block`: distances held at a time.
+    A ball's radius is the distance to the k-th nearest neighbour; `block`: distances held at a time.
     """
     if min(len(real), len(fake)) <= k:
         raise UserError(f"{len(real)} and {len(fake)} images: {k} neighbours need {k + 1} of each")
@@ -175,7 +175,6 @@ def precision_recall(real, fake, k=3, block=2 ** 25):
     real = real - centre
     fake = fake - centre
 
-    # A ball around each image, as wide as its k-th neighbour in its own set is far
     def radii_of(x):
         radii = torch.empty(len(x), device=x.device)
         for rows in torch.arange(len(x), device=x.device).split(max(1, block // len(x))):
@@ -219,7 +218,7 @@ class Source(NamedTuple):
     """GENERATED or REFERENCE."""
     name: str = None
     images: Dataset = None
-    size: list = None   # [h, w] of the images; None: nobody knows
+    size: list = None   # [h, w] of the images; None: not known
     arrays: dict = {}   # what else its .npz holds: mu, sigma, n, labels
 
 
@@ -229,8 +228,7 @@ def open_source(path, size=None):
     arrays = {}
     if path in ("shapes", "shapes/val"):  # 50,000 for training, 10,000 held out
         size = [min(size or [32])] * 2
-        images = open_data if path == "shapes" else partial(open_val, "shapes")
-        images = images("shapes", size[0])
+        images = open_data(path, size[0]) if path == "shapes" else open_val("shapes", None, size[0])
     elif size and folders_in(path):
         size = [min(size)] * 2
         images = Folder(splits(path)[0], size[0])
@@ -251,7 +249,9 @@ def open_source(path, size=None):
                             ) from None
         images = Array(path, arrays.pop("arr_0")) if "arr_0" in arrays else None
         size = np.broadcast_to(arrays.get("size", 0), 2).tolist()
-        size = [*images.images.shape[1:3]] if images else size if any(size) else None
+        size = size if any(size) else None  # 0: not known
+        if images is not None:
+            size = [*images.images.shape[1:3]]
     return Source(path, images, size, arrays)
 
 
@@ -263,11 +263,11 @@ def check(source, args):
     if images is not None and not arrays.keys() & {"mu", "sigma"}:
         return
     mu, sigma = (np.asarray(arrays.get(name, 0), np.float64) for name in ("mu", "sigma"))
-    of = str(arrays.get("features", args.features))
-    fits = of == args.features and mu.shape * 2 == sigma.shape == (args.dim, args.dim)
+    made_by = str(arrays.get("features", args.features))
+    fits = made_by == args.features and mu.shape * 2 == sigma.shape == (args.dim, args.dim)
     if not fits or not np.isfinite(mu.sum() + sigma.sum()):
         raise UserError(f"{path} holds {', '.join(arrays) or 'nothing'}: mu {mu.shape}, sigma"
-                        f" {sigma.shape} of {of}; --features {args.features} needs images, or"
+                        f" {sigma.shape} of {made_by}; --features {args.features} needs images, or"
                         f" finite statistics of {args.dim} dimensions")
     factor(sigma, path)  # refuses negative variances
 
@@ -286,8 +286,8 @@ def per_image(dataset, measure, batch, device, num=None):
     rank. num: so many images, evenly spread. Call it on all ranks. Errors: broken files."""
     rank, world = dist.get_rank(), dist.get_world_size()
     found = []
-    images = in_order(dataset, batch, device, rank, world, most=num)
-    for images, _, numbers in tqdm(images, disable=rank > 0, leave=False):
+    loader = in_order(dataset, batch, device, rank, world, most=num)
+    for images, _, numbers in tqdm(loader, disable=rank > 0, leave=False):
         rows = measure((images * 255).round().byte()).float()         # (b, F)
         found.append((numbers, rows.cpu()))
     shares = [None] * world

@@ -187,7 +187,7 @@ def build_encoder(name, image_size, weights=None):
 
     # Weights: the bundled ones, the hub's, or those that were given
     if weights is None:
-        bundled = ROOT / f"assets/{name}.pt"  # tiny, tiny_vae
+        bundled = ROOT / f"assets/{name}.pt"  # tiny, tiny_ssl, tiny_vae
         weights = bundled if bundled.exists() else fetch(f"timm/{spec.timm}", "model.safetensors")
     if str(weights) != "random":  # random: as it was initialised
         state = weights if isinstance(weights, dict) else read_weights(weights)
@@ -354,7 +354,7 @@ class RAE(nn.Module):
 
     @property
     def latents(self):
-        """What tells these latents from others: the encoder, and its statistics."""
+        """A name of these latents: the encoder's, and the mean of its variances."""
         return f"{self.name} {self.var.double().mean():.6f}"
 
     @torch.no_grad()
@@ -368,7 +368,10 @@ class RAE(nn.Module):
             raise UserError("this RAE was loaded to decode: load_encoder() builds its encoder")
         square = images.ndim == 4 and images.shape[1] == 3 and images.shape[2] == images.shape[3]
         floats = images.is_floating_point()
-        if not square or not floats or images.is_cpu and not -.5 < images.min() <= images.max() < 1.5:
+        sound = square and floats
+        if sound and images.is_cpu:
+            sound = -.5 < images.min() <= images.max() < 1.5
+        if not sound:
             raise UserError(f"images are {images.dtype} {tuple(images.shape)}: give square ones,"
                             " floats (B, 3, H, H) from 0 to 1")
         if self.upsample > 1 and images.shape[-1] == self.output_size:
@@ -581,9 +584,9 @@ def folders_in(path):
 
 
 def splits(path, captioned=False):
-    """(training folder, held-out folder or None): path/train and path/val, where train/ has class
-    folders (with captions: images) and nothing beside it but val/ and test/ has images; else path
-    itself."""
+    """(training folder, held-out folder or None): path/train and path/val, if train/ has class folders
+    with images (captioned: images), and no folder beside train/, val/ and test/ has any; else (path,
+    None)."""
     def has_images(*parts):
         return any(is_image(name) for _, name in walk(Path(path, *parts)))
 
@@ -601,8 +604,8 @@ class Folder(Dataset):
     train: an image drawn from the key takes the place of a file that cannot be read; else its
     item is None, which drop_broken leaves out. crop: stage 1's random crops; else the centre.
     size None: all images below path are one class, and stay as they are, all of one size.
-    captioned: the label is the text in name.txt beside name.jpg, at any depth; of several lines one,
-    by the key.
+    captioned: the label is the text in name.txt beside name.jpg, at any depth: one of its lines,
+    chosen by the key.
     Errors: no folder, no class or one without images, classes that are splits.
     """
     SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
@@ -688,7 +691,8 @@ class Folder(Dataset):
         if not self.broken[index]:
             try:
                 if self.captioned:
-                    label = self.captions(index)[key % len(self.captions(index))]
+                    lines = self.captions(index)
+                    label = lines[key % len(lines)]
                 return self.prepare(read_image(path), path, key), label, key
             except Exception as error:
                 self.broken[index] = True
@@ -984,8 +988,9 @@ def apply_gradients(optimizer, lr, clip=0.0):
     norm = nn.utils.get_total_norm([p.grad for p in group["params"] if p.grad is not None])
     if clip:
         nn.utils.clip_grads_with_norm_(group["params"], clip, norm)
+    # AdamW(fused=True) reads found_inf, which GradScaler would set: 1 leaves the weights as they are
     optimizer.found_inf = (~norm.isfinite()).float()
-    optimizer.step()  # nothing, if found_inf
+    optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return optimizer.found_inf
 
@@ -1024,8 +1029,8 @@ def count_flops(build, *inputs):
 
 
 def bytes_for_backward(build, *inputs):
-    """What a forward pass keeps for the backward pass, in bf16 on a GPU: counted on fake tensors of
-    one. None where torch cannot do it (2.6 asks the driver)."""
+    """What a forward pass keeps for the backward pass, in bf16 on a GPU: counted on fake CUDA
+    tensors. None where torch cannot do it (2.6 asks the driver)."""
     kept = {}
 
     def keep(x):
@@ -1107,9 +1112,15 @@ def at_least(low, kind=int, most=math.inf):
     return number
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default of a flag that has one; the help of other flags says what happens."""
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Output:
-    """sys.stdout or sys.stderr, which drops what it cannot write or encode: no message may end
-    the work. (Ctrl-C ends `| tee log` as well; the name of a file may be any bytes.)"""
+    """sys.stdout or sys.stderr, which drops what it cannot write and escapes what it cannot encode: no
+    message may end the work. (Ctrl-C ends `| tee log` as well; a file's name may be any bytes.)"""
     def __init__(self, stream):
         self.stream = stream
         if hasattr(stream, "reconfigure"):

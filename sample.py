@@ -69,8 +69,8 @@ def guided(model, y, scale=1.0, weak=None, interval=(0, 1)):
 
 @torch.no_grad()
 def latents(model, rae, y, keys, alpha, steps=50, scale=1.0, weak=None, interval=(0, 1)):
-    """labels or captions y (B,...), keys (B,) -> z (B,N,D). Noise is drawn from an image's key, on the CPU for
-    every device."""
+    """Labels or captions y (B,...), keys (B,) -> z (B,N,D). The noise of an image is drawn from its
+    key, on the CPU, so that it is the same for every device."""
     noise = normals(keys, rae.num_tokens * rae.token_dim, torch.device("cpu"))
     noise = noise.view(-1, rae.num_tokens, rae.token_dim).to(rae.mean.device)
     velocity = guided(model, y.to(rae.mean.device), scale, weak, interval)
@@ -78,9 +78,9 @@ def latents(model, rae, y, keys, alpha, steps=50, scale=1.0, weak=None, interval
 
 
 @torch.no_grad()
-def generate(model, rae, y, keys, alpha, *options, **more):
-    """labels or captions y (B,...), keys (B,) -> images (B,3,H,W) in [0,1]; options: `latents`'."""
-    z = latents(model, rae, y, keys, alpha, *options, **more)
+def generate(model, rae, y, keys, alpha, steps=50, scale=1.0, weak=None, interval=(0, 1)):
+    """Labels or captions y (B,...), keys (B,) -> images (B,3,H,W) in [0,1]."""
+    z = latents(model, rae, y, keys, alpha, steps, scale, weak, interval)
     return rae.decode(z).float().clamp(0, 1)
 
 
@@ -118,13 +118,15 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     add = parser.add_argument
     add("--run", help="run folder, dit.pt or release:NAME (default: newest in out/, else the bundled demo)")
-    add("--classes", nargs="+", help="names or indices; `none`: unconditional (default: all, of many ten)")
-    add("--prompt", nargs="+", help="captions, or a .txt file of them, one a line (default: ten of training)")
+    add("--classes", nargs="+", help="names or indices; `none`: unconditional (default: all, at most ten)")
+    add("--prompt", nargs="+",
+        help="captions, or .txt files of them, one a line (default: ten of the training set)")
     add("--num", type=at_least(1), help="images in all (default: 8 per class or caption; with --npz 50000)")
     add("--out", help="the grid's file, a column per class or caption (default: samples.png)")
     add("--npz", help="instead of a grid, this .npz for fid.py: class-balanced, shuffled, uint8 (N,H,W,3)")
     add("--steps", type=at_least(1), default=50, help="Euler steps = evaluations of the model (default: 50)")
-    add("--scale", type=at_least(0, float), help="guidance (default: 1, none; captions 3; with --guide 1.42, self 1.78)")
+    add("--scale", type=at_least(0, float),
+        help="guidance (default: 1, none; captions 3; with --guide 1.42, self 1.78)")
     add("--guide", help="AutoGuidance by this run, dit.pt or release:NAME; `self`: by the model's base head;"
         " `none`: classifier-free (default: the model that comes with the run, else classifier-free)")
     add("--interval", type=at_least(0, float, 1), nargs=2, metavar=("LO", "HI"),
@@ -143,8 +145,9 @@ def parse_args(argv=None):
 
 def recorded(model):
     """What a dit.pt says of the latents that it makes, and of its classes."""
+    source = {key: value for key, value in (model.captions or {}).items() if key != "examples"}
     said = dict(tokens=model.config["tokens"], token_dim=model.config["token_dim"],
-                latents=model.latents, classes=model.classes, text=model.text or "none")
+                latents=model.latents, classes=model.classes, captions=source)
     return {key: value for key, value in said.items() if value is not None}
 
 
@@ -168,11 +171,11 @@ def load(args, device):
     # What guides it, and how far: as given, else as the checkpoint brings along
     guide = args.guide or model.guide
     scale = args.scale
+    if scale is None and not args.guide:
+        scale = model.scale  # the checkpoint's, or None
     if scale is None:
         plain = 3.0 if model.text else 1.0  # as measured: assets/README.md, "Text to image"
         scale = {None: plain, "none": plain, "self": 1.78}.get(guide, 1.42)  # RAEv2's, the paper's
-        if model.scale and not args.guide:
-            scale = model.scale
     if guide == "none" or scale == 1:
         guide = None
     weak = guide  # None or "self"
@@ -202,7 +205,7 @@ def load(args, device):
 
 
 def columns_of(args, model, device):
-    """(names, y): what each column shows, and its labels (P,) or captions (P,L...)."""
+    """(names, y) of P columns: y labels (P,) or captions (P,L...). Sets model.empty_caption."""
     if not model.text:
         classes = pick_classes(args.classes, model.classes) if model.classes else [model.num_classes]
         names = [str(model.classes[i]) if i < len(model.classes) else "no class" for i in classes]
@@ -210,8 +213,10 @@ def columns_of(args, model, device):
     source = dict(model.captions)
     prompts = source.pop("examples")
     if args.prompt:
-        files = [path for path in args.prompt if path.endswith(".txt")]
-        prompts = Path(files[0]).read_text("utf-8-sig").splitlines() if files else args.prompt
+        prompts = []
+        for prompt in args.prompt:
+            is_file = prompt.endswith(".txt")
+            prompts += Path(prompt).read_text("utf-8-sig").splitlines() if is_file else [prompt]
     text = open_text(source["model"], source["length"], device, source.get("vocabulary"))
     refuse_changes("the text model is not that of the training", source, text.source, "bring it back")
     model.empty_caption = text([""])
@@ -230,7 +235,7 @@ def main():
     columns = indices % len(names)
     if args.npz and model.classes and not args.classes:
         y = torch.arange(len(model.classes))
-        columns = balanced_label(args.seed, indices, len(y))  # 50 of each, if 50,000
+        columns = balanced_label(args.seed, indices, len(y))  # of ImageNet 50 of each class
     keys = mix(args.seed, 0, indices)  # 0: for noise; balanced_label has 1
 
     # Noise -> latents -> pixels, rounded to 8 bits; every rank draws a stretch of the indices
@@ -257,8 +262,9 @@ def main():
         if rank == 0:
             array = np.concatenate([np.load(part) for part in parts])  # (num, H, W, 3)
             if args.npz:
-                labels = columns if model.text else y[columns]
-                np.savez(whole, arr_0=array, labels=labels.numpy(), names=names)
+                labels = columns if model.text else y[columns]  # indices into the names
+                np.savez(whole, arr_0=array, labels=labels.numpy(),
+                         names=names if model.text else model.classes)
                 os.replace(whole, out)  # at once, or not at all
             else:
                 images = torch.from_numpy(array).permute(0, 3, 1, 2) / 255
@@ -272,7 +278,7 @@ def main():
 
 
 def next_step(args, rae):
-    """What a person would do now."""
+    """The command that usually follows."""
     if args.npz and default_data(rae) == "shapes":
         return command("fid.py", args.npz, "shapes/val", "--features", "tiny")
     if args.npz:

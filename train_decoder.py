@@ -24,20 +24,21 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 from tqdm import tqdm
 
-from rae import (DECODERS, ENCODERS, RAE, UserError, absolute_path, any_rank, apply_gradients,
-                 at_least, autocast_for, batches, build_encoder, centre_crops, command,
-                 compile_blocks, ddp_in_fixed_order, default_data, in_fp32, in_order, load_lpips,
-                 load_rae, load_strict, lock_run, mean_over_ranks, micro_batch, mix, normals,
-                 open_data, open_val, psnr, record, remember, restore, resume, save_checkpoint,
-                 save_picture, say, say_cost, shuffled, ssim, start, stop_signal, try_to_read, wait_for)
+from rae import (DECODERS, ENCODERS, RAE, HelpFormatter, UserError, absolute_path, any_rank,
+                 apply_gradients, at_least, autocast_for, batches, build_encoder, centre_crops,
+                 command, compile_blocks, ddp_in_fixed_order, default_data, in_fp32, in_order,
+                 load_lpips, load_rae, load_strict, lock_run, mean_over_ranks, micro_batch, mix,
+                 normals, open_data, open_val, psnr, record, remember, restore, resume,
+                 save_checkpoint, save_picture, say, say_cost, shuffled, ssim, start, stop_signal,
+                 try_to_read, wait_for)
 
 
 # Latent statistics and noise
 
 @torch.no_grad()
 def latent_statistics(rae, dataset, batch, device, workers=None):
-    """Exact mean and population variance (N,D) of tokens over every image, a centre crop, and its
-    mirror image; in float64, so that order, batch size and number of ranks do not matter."""
+    """Exact mean and population variance (N,D) of tokens over the centre crop of every image
+    and its mirror image; in float64, so that order, batch size and number of ranks do not matter."""
     # This rank's share
     rank, world = dist.get_rank(), dist.get_world_size()
     sums = torch.zeros(2, rae.num_tokens, rae.token_dim, dtype=torch.float64, device=device)
@@ -138,11 +139,11 @@ class Discriminator(nn.Module):
         self.register_buffer("pixel_std", pixel_std, persistent=False)
 
     def forward(self, images):
-        # As the ViT is used to see images
+        # The size and the normalisation that the ViT was trained with
         x = F.interpolate(images, (self.side, self.side), mode="bilinear")
         x = (x / 2 + 0.5 - self.pixel_mean) / self.pixel_std
 
-        # What it sees at five depths, and what a head makes of each
+        # Features at four depths, the last twice; a head for each of the five
         maps = self.vit.forward_intermediates(x, self.layers, norm=False, output_fmt="NLC",
                                               intermediates_only=True)  # 4 x (B, N, C)
         maps = [maps[-1], *maps]  # 5 x (B, N, C), the last twice
@@ -181,7 +182,7 @@ def adversarial_backward(reconstruction, gan, copies, last, gan_weight):
 
 
 def reconstruction_losses(copies, images, perceptual, lpips_weight):
-    """{loss: L1 + w_L LPIPS, l1, lpips}; L1 on [0,1], LPIPS (None: without) on [-1,1]."""
+    """{loss: L1 + w_L LPIPS, l1, lpips}; L1 on [0,1], LPIPS on [-1,1]. perceptual None: L1 alone."""
     l1 = F.l1_loss(copies, images)
     if not perceptual:
         return dict(loss=l1, l1=l1)
@@ -205,8 +206,9 @@ NOISES = (0, 0.1, 0.2, 0.4)  # on z (tau is on tokens); 0: exact z
 
 @torch.no_grad()
 def evaluate_decoder(rae, decoder, dataset, perceptual, device, workers=None, batch=64, most=2048):
-    """{n: images, psnr, ssim, lpips (None without its network), psnr@0.1: from z + .1 noise, such
-    as a sampler leaves, ...}, means over `most` held-out images. Call it on all ranks."""
+    """{n, psnr, ssim, lpips, psnr@0.1, ...}: means over at most `most` held-out images. n: how many.
+    lpips: None without LPIPS. @0.1: from z + 0.1 noise, such as a sampler leaves. Call it on all
+    ranks."""
     # Every rank its share of images, each with the same noise at any number of ranks
     sums = torch.zeros(len(NOISES), 3, dtype=torch.float64, device=device)  # psnr, ssim, lpips
     count = torch.zeros((), dtype=torch.float64, device=device)
@@ -264,37 +266,39 @@ RECIPES = {  # of an encoder: the paper's (section 3, appendix), and one for a l
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     add = parser.add_argument
     count = at_least(1)
     amount = at_least(0, float)
     # the run and its data
     add("--run", help="run folder, by default out/ENCODER; the same command again resumes")
-    add("--data", help="image folder, or `shapes`; by default data/imagenet, or the recipe's")
+    add("--data", help="image folder, or `shapes`; by default data/imagenet, tiny encoders: shapes")
     add("--val", help="held-out images; by default DATA/val, or held-out shapes")
     add("--init", help="begin with the decoder of this run, rae.pt or release:NAME")
     # the autoencoder
     add("--encoder", default="dinov2_b", help=f"one of {', '.join(ENCODERS)}")
     add("--encoder-weights", help="its weights from a file, or `random` (mechanics only)")
-    add("--image-size", type=count, help="side of the images that the encoder sees")
-    add("--upsample", type=count, default=1, help="decode at so many times that side, same tokens")
+    add("--image-size", type=count, help="side of the images that are encoded")
+    add("--upsample", type=count, default=1, help="decode at this multiple of that side, same tokens")
     add("--decoder", help=f"one of {', '.join(DECODERS)}")
     # the losses
     add("--tau", type=amount, help="strength of the noise on the latents")
-    add("--noise", choices=("halfnormal", "uniform"), default="halfnormal", help="|N(0,tau^2)| or tau U(0,1)")
+    add("--noise", choices=("halfnormal", "uniform"), default="halfnormal",
+        help="distribution of sigma: |N(0,tau^2)|, or tau U(0,1)")
     add("--lpips-weight", type=amount, help="0 needs no download")
     add("--lpips-vgg", help="VGG16 weights of LPIPS from a file, or `random` (mechanics only)")
     add("--gan-weight", type=amount, help="0: no discriminator")
     add("--disc", choices=("dino", "tiny"), help="features of the discriminator")
     add("--disc-weights", help="their weights from a file, or `random`")
-    add("--disc-input", choices=("clean", "noisy"), default="clean", help="latents it sees decoded")
+    add("--disc-input", choices=("clean", "noisy"), default="clean",
+        help="latents whose copies the discriminator sees")
     add("--disc-start", type=amount, help="epoch from which the discriminator is trained")
     add("--gan-start", type=amount, help="epoch from which the decoder sees it")
     # how long, and how
     add("--epochs", type=amount, help="length of training; an epoch of shapes has 50,000 images")
     add("--steps", type=count, help="stop after so many optimiser steps, with the same schedule")
     add("--batch", type=count, help="images per optimiser step, over all ranks")
-    add("--micro", type=count, help="images of a rank at a time, at most; accumulation follows")
+    add("--micro", type=count, help="images of a rank at a time, at most; gradients add up to --batch")
     add("--lr", type=at_least(1e-12, float), help="AdamW's highest learning rate")
     add("--warmup", type=amount, help="epochs of linear warm-up")
     add("--ema", type=at_least(0, float, 1), help="decay of the average of the weights")
@@ -330,9 +334,9 @@ def cosine_lr(step, peak, warmup, length):
 # Training
 
 def prepare(args, rae, dataset, held_out, saved, has_disc, device):
-    """Give the RAE its encoder and the statistics of its latents, measured where no checkpoint has
-    them; returns (LPIPS, discriminator), None where they are not wanted."""
-    rae.load_encoder(saved["encoder"] if saved else args.encoder_weights).to(device)
+    """Load the RAE's encoder, try to read the images, and set the statistics of the latents: the
+    checkpoint's, or measured now. Returns (LPIPS, discriminator), None where they are not wanted."""
+    rae.load_encoder(saved["encoder"] if saved else args.encoder_weights)
     perceptual = load_lpips(device, args.lpips_vgg) if args.lpips_weight else None
     disc = Discriminator(args.disc, args.disc_weights).to(device) if has_disc else None
     try_to_read(dataset, held_out, workers=args.workers)
@@ -383,7 +387,7 @@ def main():
 
     # The autoencoder, as yet without weights; the data; the length of the run in steps
     torch.manual_seed(args.seed)  # of the decoder's weights
-    rae = RAE(args.encoder, args.decoder, args.image_size, args.upsample)
+    rae = RAE(args.encoder, args.decoder, args.image_size, args.upsample).to(device)
     decoder = rae.decoder
     data = absolute_path(args.data or default_data(rae))
     dataset = open_data(data, rae.output_size, crop=True)
@@ -404,7 +408,7 @@ def main():
     if saved and step >= total:
         return say(f"{run}/rae.pt is at step {step} of {total}: finished; --epochs, --steps extend it")
 
-    # Frozen networks and latent statistics; what no hub gives back is kept in rae.pt
+    # Frozen networks and latent statistics; rae.pt keeps an encoder that no hub has
     centred = centre_crops(dataset)
     has_disc = args.gan_weight > 0 and disc_begin < total
     perceptual, disc = prepare(args, rae, centred, held_out, saved, has_disc, device)
@@ -425,7 +429,7 @@ def main():
     elif disc and step > disc_begin and not saved.get("disc"):
         raise UserError(f"{run} went on without discriminator: resume with --gan-weight 0")
     else:
-        restore(parts, saved)  # a late discriminator begins anew
+        restore(parts, saved)  # a discriminator that had not begun is not in the file
     saved = None  # else the old file stays mapped, and on the disk
 
     # Arithmetic, ranks, the order of the images
@@ -446,7 +450,9 @@ def main():
     # The loop, in optimiser steps
     asked = stop_signal()  # SIGTERM, Ctrl-C, a closed terminal
     history = defaultdict(list)  # losses since the last line of the log
-    since, clock, stop = step, time.time(), False
+    logged_step = step       # of the last line of the log ...
+    logged_at = time.time()  # ... and its time, moved on by pauses
+    stop = False
     while step < total and not stop:
         micros = []
         for _ in range(accum):
@@ -465,7 +471,7 @@ def main():
                 loss = losses["loss"]
                 if use_gan:  # raise the logits, without a margin; eval: no power iteration
                     gan = -disc.eval()(augment(copies * 2 - 1, mix(keys, 1))).mean()
-            # Outside autocast, which would round the gradients of what is kept in fp32
+            # Outside autocast: inside, fp32 layers would have matrix products in bf16
             if use_gan:
                 lam = adversarial_backward(loss / accum, gan / accum, copies,
                                            decoder.predict.weight, args.gan_weight)
@@ -489,7 +495,7 @@ def main():
                 loss = hinge_loss(*logits.chunk(2))
             (loss / accum).backward()
             remember(history, disc=loss)
-        if train_disc:  # by its own steps, a schedule as long as the decoder's
+        if train_disc:  # the decoder's schedule, from disc_begin on
             disc_lr = cosine_lr(step - disc_begin, args.lr, args.warmup * epoch, schedule)
             skipped = torch.maximum(skipped, apply_gradients(parts["disc_optimizer"], disc_lr))
         remember(history, skipped=skipped)
@@ -502,15 +508,19 @@ def main():
             save(run / "rae.pt", step=step, parts=parts)  # first: a stopped run has seconds
             if not stop:
                 look(run, rae, ema.module, held_out, examples, perceptual, step, args.workers)
-            clock += time.time() - pause
+            logged_at += time.time() - pause
         if args.keep_every and step % max(1, round(args.keep_every * epoch)) == 0:
+            pause = wait_for(device)
             save(run / f"rae_{step:07d}.pt", step=step, parts=dict(ema=ema.module))
+            logged_at += time.time() - pause
         if step % args.log_every == 0 or step == total:
-            means = mean_over_ranks(history, run, step)    # the one device sync ...
-            rate = (step - since) / (time.time() - clock)  # ... so that the clock is read after it
+            means = mean_over_ranks(history, run, step)  # the one device sync, before the clock is read
+            rate = (step - logged_step) / (time.time() - logged_at)
             record(run, stage=1, step=step, total=total, **means, lr=lr, images_per_s=rate * args.batch,
-                   tflops=rate * args.batch * 3 * flops / 1e12, eta=(total - step) / rate)
-            since, clock = step, time.time()
+                   tflops=rate * args.batch * 3 * flops / 1e12,  # backward: 2 forward
+                   eta=(total - step) / rate)
+            logged_step = step
+            logged_at = time.time()
     if stop:
         return say(f"stopped; {run}/rae.pt is at step {step}, and the same command goes on")
     say(f"wrote {run}/rae.pt; {run}/samples shows originals, copies, and copies of noisy latents."

@@ -15,6 +15,7 @@ import re
 import time
 import warnings
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,12 +25,13 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from fid import frechet_distance, moments
-from rae import (ROOT, UserError, absolute_path, any_rank, apply_gradients, at_least, attention,
-                 autocast_for, batches, command, compile_blocks, ddp_in_fixed_order, default_data,
-                 evenly, grid_angles, in_fp32, in_order, load_rae, load_strict, locate, lock_run, mean_over_ranks,
-                 micro_batch, mix, newest_run, normals, open_data, open_val, read_weights,
-                 record, remember, restore, resume, save_checkpoint, save_picture, say, say_cost,
-                 shuffled, sincos_2d, start, stop_signal, try_to_read, wait_for)
+from rae import (ROOT, HelpFormatter, UserError, absolute_path, any_rank, apply_gradients, at_least,
+                 attention, autocast_for, batches, command, compile_blocks, ddp_in_fixed_order,
+                 default_data, evenly, grid_angles, in_fp32, in_order, load_rae, load_strict, locate,
+                 lock_run, mean_over_ranks, micro_batch, mix, newest_run, normals, open_data,
+                 open_val, read_weights, record, remember, restore, resume, save_checkpoint,
+                 save_picture, say, say_cost, shuffled, sincos_2d, start, stop_signal, try_to_read,
+                 wait_for)
 
 SIZES = {            # width: depth, heads
     192:  (4, 6),    # for the encoder `tiny`
@@ -38,10 +40,10 @@ SIZES = {            # width: depth, heads
     1024: (24, 16),  # L
     1152: (28, 16),  # XL
 }
-LEAST_T = 0.05  # v = (x_t - x) / t of a predicted x divides by no less, nor does its target
+LEAST_T = 0.05  # RAEv2: v = (x_t - x) / max(t, LEAST_T), of the predicted x and of the target
 
 
-# Captions -> y, a text model's view of them (arXiv 2601.16208)
+# Captions -> y, as a text model encodes them (arXiv 2601.16208)
 
 class Words:
     """Captions -> word indices (B,L), whose vectors the DiT learns; -1 behind the end of a caption.
@@ -62,7 +64,10 @@ class Words:
             raise UserError(f"the model does not know {', '.join(sorted(unknown))}; it knows"
                             f" {', '.join(self.index):.500}")
         rows = [torch.tensor([0, *(self.index[word] for word in row)]) for row in rows]
-        rows = [row[:self.source["length"]] for row in rows]
+        length = self.source["length"]
+        if max(map(len, rows)) > length:
+            warnings.warn(f"captions of more than {length} tokens are cut: see --text-length")
+        rows = [row[:length] for row in rows]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
 
 
@@ -83,8 +88,8 @@ class FrozenText:
             raise UserError(f"--text {name}: no text model of the hub or folder ({said:.120}); without"
                             " a network, name the folder of one that was brought") from None
         model = model.get_encoder() if model.config.is_encoder_decoder else model
-        model = getattr(model, "text_model", model)  # of CLIP's two
-        weights = sum(p.double().abs().sum() for p in model.parameters())  # tell it from others
+        model = getattr(model, "text_model", model)  # CLIP has an image model, too
+        weights = sum(p.double().abs().sum() for p in model.parameters())  # a fingerprint
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.model = model.eval().requires_grad_(False).to(device, dtype)
         self.source = dict(model=name, length=length, weights=f"{weights:.8g}")
@@ -114,13 +119,16 @@ def vocabulary_of(dataset, args):
     if args.text != "words":
         return None
     if args.init:
-        return load_dit(args.init).captions["vocabulary"]
+        captions = load_dit(args.init).captions or {}
+        if "vocabulary" not in captions:
+            raise UserError(f"--init {args.init} was not trained with --text words: name another")
+        return captions["vocabulary"]
     lines = (line for index in range(len(dataset)) for line in dataset.captions(index))
     return sorted({word for line in lines for word in Words.split(line)})
 
 
 def null_of(model, y):
-    """The condition that says nothing, as many as y: the null class, or the empty caption."""
+    """The null class or the empty caption, repeated to the shape of y."""
     if getattr(model, "text", None) is None:
         return torch.full_like(y, model.num_classes)
     null = model.empty_caption.to(y)  # (1, l) or (1, l, E)
@@ -175,7 +183,7 @@ class SwiGLU(nn.Module):
     """Gated MLP of about as many parameters as a plain one of four times the width."""
     def __init__(self, width):
         super().__init__()
-        hidden = int(2 / 3 * int(4 * width))  # three matrices in place of two
+        hidden = int(2 / 3 * (4 * width))  # three matrices in place of two
         self.w12 = nn.Linear(width, 2 * hidden)
         self.w3 = nn.Linear(hidden, width)
 
@@ -221,8 +229,10 @@ class DiT(nn.Module):
     of 4 channels (2-D RoPE), tokens that form no square. Sections 4.1 and 5.
 
     RAEv2: predict "x": the last layer gives the clean latent, of which forward makes v;
-    base_head k: a second, weaker output after block k. text: a text model's config; y is captions
-    then, in context beside the image's tokens, and num_classes does not matter.
+    base_head k: a second, weaker output after block k.
+
+    text: the config of a text model. y is then encoded captions, whose tokens join the image's, and
+    num_classes is not used. arXiv 2601.16208.
     """
     def __init__(self, tokens=256, token_dim=768, width=1152, depth=28, heads=16, head=2048, head_depth=2,
                  head_heads=16, num_classes=1000, predict="v", base_head=0, text=None):
@@ -272,6 +282,7 @@ class DiT(nn.Module):
         if base_head:                                            # RAEv2
             self.base_layer = FinalLayer(width, token_dim)
         self.initialize()
+        self.empty_caption = None  # who samples or trains sets it: text([""])
 
     def add_angles(self, prefix, side, head_dim):
         angles = grid_angles(side, head_dim)  # (N, head_dim/2): rows turn the first half
@@ -286,13 +297,13 @@ class DiT(nn.Module):
         for linear in xavier:
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
-        tables = [self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight]
+        small = [self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight]
         if self.text is None:
-            tables.insert(0, self.y_embedder.weight)
+            small.insert(0, self.y_embedder.weight)
         elif "words" in self.text:
-            tables += [self.word_embedder.weight, self.word_positions]
-        for table in tables:
-            nn.init.normal_(table, std=0.02)
+            small += [self.word_embedder.weight, self.word_positions]
+        for weight in small:
+            nn.init.normal_(weight, std=0.02)
         outputs = [self.final_layer] + ([self.base_layer] if self.base_head else [])
         zeroed = [layer.adaLN_modulation[1] for layer in (*self.blocks, *outputs)]
         for linear in (*zeroed, *(layer.linear for layer in outputs)):
@@ -300,8 +311,8 @@ class DiT(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def velocity(self, out, x_t, t):
-        """A last layer's output (B,N,D) -> v. RAEv2: a predicted latent need not contain noise,
-        which x_t brings, so that a narrow layer is enough."""
+        """A last layer's output (B,N,D) -> v. RAEv2: x_t already contains the noise. A predicted
+        latent need not contain it, so a narrow layer is enough."""
         if self.predict == "x":
             return (x_t - out.float()) / t.clamp(min=LEAST_T)[:, None, None]
         return out.float()
@@ -319,10 +330,12 @@ class DiT(nn.Module):
         N = x_t.shape[1]
         t_e = self.t_embedder(t)[:, None]              # (B, 1, W)
         s = self.s_embedder(x_t) + self.pos_embed      # (B, N, W)
-        c, cos, sin, mask = t_e, self.cos, self.sin, None
+        c = t_e
+        cos, sin = self.cos, self.sin
+        mask = None
         if self.text is None:
             c = t_e + self.y_embedder(y)[:, None]      # (B, 1, W)
-        else:  # in context: captions, which RoPE does not turn and whose padding nobody sees
+        else:  # captions are further tokens of the sequence: no RoPE, padding masked
             caption, real = self.embed_caption(y)      # (B, L, W), (B, L)
             s = torch.cat([s, caption], 1)             # (B, N + L, W)
             cos = F.pad(cos, (0, 0, 0, y.shape[1]), value=1.0)
@@ -337,14 +350,14 @@ class DiT(nn.Module):
             if base and number == self.base_head:      # RAEv2: a weaker prediction
                 u = F.silu(t_e + s[:, :N])             # its input, and each token's condition
                 v_base = self.velocity(self.base_layer(u, u), x_t, t)  # (B, N, D)
-        s = s[:, :N]                                   # the caption has said what it can
+        s = s[:, :N]                                   # the head sees image tokens alone
 
         # DDT head. v contains noise of full rank, so the layer before the output must have a width
         # H >= D. The backbone may be narrower: it is only each token's condition here.
         x = s
         if self.head:
             c = self.s_projector(F.silu(t_e + s))  # (B, N, H)
-            x = self.x_embedder(x_t).float()       # (B, N, H), summed up in fp32
+            x = self.x_embedder(x_t).float()       # (B, N, H); fp32, so that the residual sum is
             for block in self.blocks[self.depth:]:
                 x = block(x, c, self.head_cos, self.head_sin)
         v = self.velocity(self.final_layer(x, c), x_t, t)  # (B, N, D)
@@ -368,8 +381,8 @@ def time_shift(t, alpha):
 
 
 def draws_of(z, keys, alpha, time):
-    """Of each sample alone: noise eps (B,N,D), shifted time t (B,), a number in (0,1) for its
-    label (B,). keys (B,) seed the samples; None: torch's generator."""
+    """Each sample's own draws: noise eps (B,N,D), shifted time t (B,), a coin (B,) in (0,1) for
+    label dropout. keys (B,) seed the samples; None: torch's global generator."""
     B, N, D = z.shape
     if keys is None:
         draws = torch.randn(B, N * D + 2, device=z.device)
@@ -388,7 +401,7 @@ def flow_matching_loss(model, z, y, alpha, keys=None, label_dropout=0.0, time="l
     keys (B,) make all draws functions of the sample; label_dropout: the share of null labels.
     RAEv2: with a base head it is the sum of two losses.
     """
-    net = getattr(model, "module", model)          # without DDP
+    net = getattr(model, "module", model)          # without DDP; a plain function has no attributes
     eps, t, coin = draws_of(z, keys, alpha, time)  # (B, N, D), (B,), (B,)
     if label_dropout:                              # so that the model knows the null class
         dropped = (coin <= label_dropout).view(-1, *[1] * (y.ndim - 1))
@@ -458,9 +471,9 @@ def load_dit(path_or_name, device="cpu"):
 @torch.no_grad()
 def evaluate_dit(model, rae, dataset, alpha, device, unconditional=False, workers=None, batch=64,
                  most=1024, text=None):
-    """{n: images, loss@.1: at that t, ..., fd}, of at most `most` held-out images; fd: the Fréchet
-    distance of their mean tokens from those of latents generated for their labels in 25 steps.
-    Call it on all ranks."""
+    """{n, fd, loss@0.1, ...} of at most `most` held-out images. n: how many. loss@0.1: at t = 0.1.
+    fd: Fréchet distance between the mean tokens of real latents and of latents generated for the
+    same labels in 25 steps. Call it on all ranks."""
     times = (0.1, 0.3, 0.5, 0.7, 0.9)  # as they are, not shifted
     n = min(most, len(dataset))
     losses = torch.zeros(len(times), device=device)         # sums over images
@@ -492,9 +505,10 @@ def evaluate_dit(model, rae, dataset, alpha, device, unconditional=False, worker
 
 @torch.no_grad()
 def samples(model, rae, alpha, columns):
-    """Fifty images (50,3,H,W) in 25 steps, of the same noise; columns: ten labels or captions."""
+    """Fifty images (50,3,H,W) in 25 steps, from the same noise at every call; columns: labels or
+    encoded captions, at most ten."""
     device = rae.mean.device
-    y = columns[torch.arange(50) % 10].to(device)
+    y = columns[torch.arange(50) % len(columns)].to(device)
     size = rae.num_tokens * rae.token_dim
     noise = normals(mix(0, torch.arange(50)), size, torch.device("cpu")).to(device)
     noise = noise.view(50, rae.num_tokens, rae.token_dim)
@@ -509,7 +523,7 @@ RECIPES = {  # of an autoencoder: the paper's (sections 4, 5), and one for a lap
         width=1152, head=2048, head_depth=2, head_heads=16,          # DiT^DH-XL
         shift_base=4096, time="logit-normal", label_dropout=0.1,
         batch=1024, micro=64, epochs=80, lr=2e-4, warmup=0,          # AdamW
-        decay_start=None, decay_end=800, clip=None, ema=None,        # as with or without a head
+        decay_start=None, decay_end=800, clip=None, ema=None,        # None: parse_args decides, by the head
         save_every=5000),
     "tiny": dict(
         width=192, head=256, head_depth=2, head_heads=8,
@@ -523,21 +537,21 @@ RECIPES = {  # of an autoencoder: the paper's (sections 4, 5), and one for a lap
 def parse_args(argv=None, encoder="dinov2_b"):
     """The flags; encoder: the autoencoder's, which decides the recipe."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     add = parser.add_argument
     count = at_least(1)
     amount = at_least(0, float)
     # the run and its data
     add("--rae", help="autoencoder: rae.pt, run folder or release:NAME; by default the run's")
-    add("--run", help="run folder, by default the autoencoder's; the same command again resumes")
+    add("--run", help="run folder, by default the autoencoder's, with --rae out/ENCODER; resumes there")
     add("--data", help="image folder, or `shapes`; by default the autoencoder's")
     add("--val", help="held-out images for --eval-every; by default DATA/val, or held-out shapes")
     add("--init", help="begin with the weights of this run, dit.pt or release:NAME")
     # the model
-    add("--width", type=at_least(4), help="backbone width: 384 S, 768 B, 1024 L, 1152 XL, and so its depth")
+    add("--width", type=at_least(4), help="of the backbone: 384 S, 768 B, 1024 L, 1152 XL; sets depth, heads")
     add("--depth", type=count, help="backbone blocks; by default by width")
     add("--heads", type=count, help="backbone attention heads; by default by width")
-    add("--head", type=at_least(0), help="width of the DDT head, 0: none; it must reach the token dimension")
+    add("--head", type=at_least(0), help="width of the DDT head, at least the token dimension; 0: none")
     add("--head-depth", type=count, help="blocks of the DDT head")
     add("--head-heads", type=count, help="attention heads of the DDT head")
     add("--predict", choices=("v", "x"), default="v", help="what the last layer gives: velocity, or latent")
@@ -553,13 +567,15 @@ def parse_args(argv=None, encoder="dinov2_b"):
     add("--epochs", type=amount, help="length of training; an epoch of shapes has 50,000 images")
     add("--steps", type=count, help="stop after so many optimiser steps, with the same schedule")
     add("--batch", type=count, help="images per optimiser step, over all ranks")
-    add("--micro", type=count, help="images of a rank at a time, at most; accumulation follows")
+    add("--micro", type=count, help="images of a rank at a time, at most; gradients add up to --batch")
     add("--lr", type=at_least(1e-12, float), help="AdamW's highest learning rate")
     add("--warmup", type=amount, help="epochs of linear warm-up")
-    add("--decay-start", type=amount, help="epoch where the lr begins to fall; by default 40, without head never")
+    add("--decay-start", type=amount,
+        help="epoch where the lr begins to fall; by default 40, never without a head")
     add("--decay-end", type=amount, help="epoch where the lr has reached a tenth, linearly")
-    add("--clip", type=amount, help="norm of the gradient, 0: any; by default 1 with a head, else 0")
-    add("--ema", type=at_least(0, float, 1), help="decay of the average of the weights; .9995, without head .9999")
+    add("--clip", type=amount, help="largest gradient norm, 0: no clipping; by default 1 with a head, else 0")
+    add("--ema", type=at_least(0, float, 1),
+        help="decay of the average of the weights; by default .9995, without a head .9999")
     add("--seed", type=at_least(0, int, 2 ** 62), default=0, help="of weights, data order and all draws")
     # the machine
     add("--workers", type=at_least(0), help="loader processes per rank; by default as cores allow")
@@ -582,8 +598,6 @@ def parse_args(argv=None, encoder="dinov2_b"):
     if not args.depth or not args.heads:
         raise UserError(f"--width {args.width} is no preset ({', '.join(map(str, SIZES))}):"
                         " give --depth and --heads")
-    if args.decay_end < args.decay_start < math.inf:
-        raise UserError(f"--decay-end {args.decay_end} comes before --decay-start {args.decay_start}")
     if args.val and not args.eval_every:
         raise UserError("--val is for --eval-every: give both")
     return args
@@ -600,7 +614,7 @@ def linear_lr(step, epoch, args):
 # Training
 
 def find_autoencoder(args):
-    """(its path, the run's folder, or None: out/ENCODER)."""
+    """(path of the autoencoder, run folder); folder None: main takes out/ENCODER."""
     run = Path(args.run) if args.run else None
     if args.rae:
         return args.rae, run
@@ -608,6 +622,24 @@ def find_autoencoder(args):
         return run / "rae.pt", run
     path = newest_run("rae.pt")  # of out/, or the demo's
     return path, None if ROOT / "assets" in path.parents else path.parent
+
+
+def open_sets(args, rae, rae_path):
+    """(path or `shapes`, training set, held-out set or None). Errors: no such data, other classes."""
+    data = absolute_path(args.data or default_data(rae))
+    if not args.data and data != "shapes" and not Path(data).is_dir():
+        raise UserError(f"{data}, on which {rae_path} was trained, is not there: name it, or other"
+                        " images, with --data")
+    captioned = bool(args.text)
+    dataset = open_data(data, rae.output_size, captioned=captioned)
+    held_out = open_val(args.val, data, rae.output_size, captioned) if args.eval_every else None
+    if args.eval_every and not held_out:
+        raise UserError(f"--eval-every needs held-out images, and {data} has no val/: give --val")
+    if held_out and held_out.classes != dataset.classes:
+        odd = sorted({*held_out.classes} ^ {*dataset.classes})
+        raise UserError(f"--val has other classes than --data: {', '.join(odd[:6])}"
+                        " are in one of them alone")
+    return data, dataset, held_out
 
 
 def warn_if_narrow(config):
@@ -636,6 +668,13 @@ def initial_weights(args, model):
     return weights
 
 
+def save_dit(path, parts, **state):
+    """Write a dit.pt, on rank 0; parts: {name: module or optimiser}."""
+    if dist.get_rank() == 0:
+        parts = {name: part.state_dict() for name, part in parts.items()}
+        save_checkpoint(path, **state, **parts)
+
+
 def main():
     args = parse_args()
     device, rank, world = start()
@@ -644,21 +683,12 @@ def main():
     rae_path, run = find_autoencoder(args)
     rae = load_rae(rae_path, device)
     args = parse_args(encoder=rae.name)
+    # Not in parse_args, whose first call does not know the recipe yet
+    if args.decay_end < args.decay_start < math.inf:
+        raise UserError(f"--decay-end {args.decay_end} comes before --decay-start {args.decay_start}")
     unconditional = args.label_dropout == 1  # no label is ever seen
     alpha = 1 if args.no_shift else shift_alpha(rae.num_tokens, rae.token_dim, args.shift_base)
-    data = absolute_path(args.data or default_data(rae))
-    if not args.data and data != "shapes" and not Path(data).is_dir():
-        raise UserError(f"{data}, on which {rae_path} was trained, is not there: name it, or other"
-                        " images, with --data")
-    captioned = args.text is not None
-    dataset = open_data(data, rae.output_size, captioned=captioned)
-    held_out = open_val(args.val, data, rae.output_size, captioned) if args.eval_every else None
-    if args.eval_every and not held_out:
-        raise UserError(f"--eval-every needs held-out images, and {data} has no val/: give --val")
-    if held_out and held_out.classes != dataset.classes:
-        odd = sorted({*held_out.classes} ^ {*dataset.classes})
-        raise UserError(f"--val has other classes than --data: {', '.join(odd[:6])}"
-                        " are in one of them alone")
+    data, dataset, held_out = open_sets(args, rae, rae_path)
     epoch = len(dataset) / args.batch  # in steps, not whole
     total = math.ceil(args.epochs * epoch)
     total = min(total, args.steps or total)
@@ -668,7 +698,7 @@ def main():
 
     # What captions become; a class model has none
     text = captions = None
-    if captioned:
+    if args.text:
         text = open_text(args.text, args.text_length, device, vocabulary_of(dataset, args))
         examples = [dataset[index, index][1] for index in evenly(len(dataset), 10)]
         captions = dict(text.source, examples=examples)
@@ -707,37 +737,37 @@ def main():
         restore(parts, saved)
         saved = None  # else the old file stays mapped, and on the disk
 
-    def save(path, **parts):
-        same_folder = locate(rae_path, "rae.pt").resolve() == (run / "rae.pt").resolve()
-        if rank == 0:
-            save_checkpoint(path, config=config, fixed=fixed, data=data, step=step, alpha=alpha,
-                            classes=[] if unconditional or text else dataset.classes,
-                            rae=None if same_folder else absolute_path(rae_path), captions=captions,
-                            **{name: part.state_dict() for name, part in parts.items()})
+    same_folder = locate(rae_path, "rae.pt").resolve() == (run / "rae.pt").resolve()
+    save = partial(save_dit, config=config, fixed=fixed, data=data, alpha=alpha, captions=captions,
+                   classes=[] if unconditional or text else dataset.classes,
+                   rae=None if same_folder else absolute_path(rae_path))
 
     # Arithmetic, ranks, the order of the images
     dtype, autocast = autocast_for(args.dtype, device)
     if args.compile:
         compile_blocks(model.blocks, device)
-    inputs = (torch.zeros(micro, rae.num_tokens, rae.token_dim, device=device),   # x_t, t, y
-              torch.zeros(micro, device=device), columns[:1].expand(micro, *columns.shape[1:]).to(device))
-    flops = say_cost(f"{run}: DiT", lambda: DiT(**config), *inputs, args.base_head > 0)
+    x_t = torch.zeros(micro, rae.num_tokens, rae.token_dim, device=device)
+    y = columns[:1].expand(micro, *columns.shape[1:]).to(device)
+    inputs = x_t, torch.zeros(micro, device=device), y, args.base_head > 0
+    flops = say_cost(f"{run}: DiT", lambda: DiT(**config), *inputs)
     what = f"captions by {args.text}, images not mirrored" if text else f"{len(dataset.classes)} classes"
     say(f"{rae.num_tokens} x {rae.token_dim} latents of {rae.name} ({rae_path}); {data}: {len(dataset)}"
         f" images, {what}; alpha {alpha:.3f}; {dtype}; {world} x {device.type},"
         f" {accum} x {micro} images each; steps {step} to {total}")
-    ddp = ddp_in_fixed_order(model, autocast, *inputs, args.base_head > 0)
+    ddp = ddp_in_fixed_order(model, autocast, *inputs)
     order = shuffled(len(dataset), args.batch, accum, args.seed, step, rank, world)
     loader = batches(dataset, order, micro, args.workers, device)
 
     # The loop, in optimiser steps
     asked = stop_signal()  # SIGTERM, Ctrl-C, a closed terminal
     history = defaultdict(list)  # losses since the last line of the log
-    since, clock, stop = step, time.time(), False
+    logged_step = step       # of the last line of the log ...
+    logged_at = time.time()  # ... and its time, moved on by pauses
+    stop = False
     while step < total and not stop:
         for i in range(accum):
             images, y, keys = next(loader)
-            if text:                                         # it may name a side: no mirroring
+            if text:                                         # a caption may say left or right: no mirroring
                 y = text(y).to(device)
             else:
                 mirrored = (keys & 1).bool().to(device, non_blocking=True)  # each image's own coin
@@ -758,25 +788,29 @@ def main():
         # Save, look, log
         if step % args.save_every == 0 or step == total or stop:
             pause = wait_for(device)
-            save(run / "dit.pt", **parts)  # first: a stopped run has seconds
+            save(run / "dit.pt", parts=parts, step=step)  # first: a stopped run has seconds
             if rank == 0 and not stop:
                 pictures = samples(ema.module, rae, alpha, columns)
                 save_picture(pictures, run / f"samples/{step:07d}.png", nrow=10)
-            clock += time.time() - pause
+            logged_at += time.time() - pause
         if args.keep_every and step % max(1, round(args.keep_every * epoch)) == 0:
-            save(run / f"dit_{step:07d}.pt", ema=ema.module)
+            pause = wait_for(device)
+            save(run / f"dit_{step:07d}.pt", parts=dict(ema=ema.module), step=step)
+            logged_at += time.time() - pause
         if step % args.log_every == 0 or step == total:
-            means = mean_over_ranks(history, run, step)    # the one device sync ...
-            rate = (step - since) / (time.time() - clock)  # ... so that the clock is read after it
+            means = mean_over_ranks(history, run, step)  # the one device sync, before the clock is read
+            rate = (step - logged_step) / (time.time() - logged_at)
             record(run, stage=2, step=step, total=total, **means, lr=lr, images_per_s=rate * args.batch,
-                   tflops=rate * args.batch * 3 * flops / 1e12, eta=(total - step) / rate)
-            since, clock = step, time.time()
+                   tflops=rate * args.batch * 3 * flops / 1e12,  # backward: 2 forward
+                   eta=(total - step) / rate)
+            logged_step = step
+            logged_at = time.time()
         if held_out and step % args.eval_every == 0 and not stop:
             pause = wait_for(device)
             found = evaluate_dit(ema.module, rae, held_out, alpha, device, unconditional, args.workers,
                                  text=text)
             record(run, stage=2, step=step, **found)
-            clock += time.time() - pause
+            logged_at += time.time() - pause
     if stop:
         return say(f"stopped; {run}/dit.pt is at step {step}, and the same command goes on")
     say(f"wrote {run}/dit.pt and {run}/samples. Next: {command('sample.py', '--run', run)}")

@@ -29,13 +29,15 @@ from fid import frechet_distance, moments                                       
 from rae import (RAE, Decoder, at_least, autocast_for, build_encoder, load_rae, mix, patchify, psnr,  # noqa: E402
                  read_weights, save_checkpoint)
 from sample import generate                                                           # noqa: E402
-from train_dit import load_dit                                                        # noqa: E402
+from train_dit import load_dit, open_text                                             # noqa: E402
 
 COMMANDS = [
     "train_decoder.py --encoder tiny --run out/demo --lr 3e-3 --epochs 5",
     "train_dit.py --rae out/demo/rae.pt --run out/weak --width 96 --depth 3 --heads 3 --head 96"
     " --head-heads 3 --batch 128 --epochs 3 --decay-end 3 --ema 0.995",
     "train_dit.py --run out/demo --batch 128 --epochs 14 --decay-end 14 --ema 0.998",
+    "train_dit.py --rae out/demo/rae.pt --run out/text --text words --batch 128 --epochs 6 --decay-end 6"
+    " --ema 0.998",
 ]
 SHAPES = Shapes()
 README_NUM = 2000       # samples that the README's figures are of
@@ -332,6 +334,124 @@ def check(run, num):
               f" {near.median():.4f}, first percentile {near.quantile(0.01):.4f}", flush=True)
 
 
+# Captions: does a picture show what was said?
+
+PROPERTIES = ("class", "colour", "ground", "size", "top or bottom", "left or right")
+PAIRS = (("small", "large"), ("top", "bottom"), ("left", "right"))
+
+
+def said_by(captions):
+    """What captions of `shapes` say: (B,6), the value of each of PROPERTIES, -1 where nothing is said."""
+    colours = Shapes.colours_by_name
+    rows = []
+    for caption in captions:
+        words = caption.split()
+        place = next(i for i, word in enumerate(words) if word in Shapes.classes)
+        said = [Shapes.classes.index(words[place])]
+        for word in (words[place - 1], words[-1] if "dark" in words else None):
+            said.append(colours.index(word) if word in colours else -1)
+        for pair in PAIRS:
+            said.append(next((i for i, word in enumerate(pair) if word in words), -1))
+        rows.append(said)
+    return torch.tensor(rows)
+
+
+def full_captions(num, held_out):
+    """`num` captions of 11 words, which say every property, of drawings that were never trained on; held_out:
+    whether their pairs of class and colour were not trained on either."""
+    data = Shapes(first=50_000, captioned=True)
+    captions = []
+    for indices in torch.arange(50_000, 50_000 + 200 * num).split(5000):
+        chosen = indices[data.held_out(data.uniform(indices), indices) == held_out]
+        captions += [c for c in data.caption(chosen, chosen, chance=2) if len(c.split()) == 11]
+        if len(captions) >= num:
+            return captions[:num]
+    raise ValueError(f"too few captions for {num}")
+
+
+class Reader:
+    """Reads PROPERTIES off pictures of shapes: a ridge regression from all of `tiny`'s tokens to the class and
+    the drawing, of 20,000 training images."""
+    def __init__(self, rae, count=20_000, decay=10.0):
+        self.rae = rae
+        data = Shapes()
+        indices = torch.arange(count)
+        x = self.tokens(data.render(indices)[0] / 255).double()                 # (count, 16 x 96)
+        y = [F.one_hot(indices % 10, 10), drawing_of(data.uniform(indices))]
+        y = torch.cat(y, 1).double()                                            # (count, 10 + 14)
+        self.mean, self.bias = x.mean(0), y.mean(0)
+        x -= self.mean
+        penalty = decay * torch.eye(x.shape[1], dtype=torch.float64)
+        self.weight = torch.linalg.solve(x.T @ x + penalty, x.T @ (y - self.bias))
+
+    def tokens(self, images):
+        return parts(lambda x: self.rae.tokens(x).flatten(1), images)
+
+    def __call__(self, images):
+        """(B,3,H,W) in [0,1] -> (B,6), the value of each property."""
+        y = (self.tokens(images).double() - self.mean) @ self.weight + self.bias
+        label, sines, cosines, rest = y.split([10, 2, 2, 10], 1)
+        hues = torch.atan2(sines, cosines) / (2 * math.pi)                      # (B, 2) of shape and ground
+        column = {name: rest[:, i] > 0 for i, name in enumerate(list(Shapes.ranges)[2:])}
+        sides = torch.stack([column["radius"], column["y"], column["x"]], 1)    # (B, 3)
+        return torch.cat([label.argmax(1, keepdim=True), (8 * hues).round().long() % 8, sides], 1)
+
+
+def obedience(model, rae, text, reader, captions, scale, steps=25):
+    """(share of pictures that show each property (6,), of those that say it; share that show all that is said;
+    what the pictures show (B,6))."""
+    y = text(captions)
+    said = said_by(captions)
+    fake = parts(lambda part, keys: draw(model, rae, part, keys, steps, scale=scale), y, torch.arange(len(y)))
+    shown = reader(fake)
+    right = (shown == said) | (said < 0)
+    return right.sum(0).sub((said < 0).sum(0)) / (said >= 0).sum(0), right.all(1).float().mean(), shown
+
+
+def row_of(shares, together):
+    return ", ".join(f"{name} {share:.1%}" for name, share in zip(PROPERTIES, shares)) + f"; all {together:.1%}"
+
+
+def check_text(run, num, scale=3.0):
+    """Prints how well a run's pictures show what captions say."""
+    torch.set_grad_enabled(False)
+    model = load_dit(ROOT / run)
+    rae = load_rae(ROOT / model.rae)
+    source = dict(model.captions)
+    source.pop("examples")
+    text = open_text(source["model"], source["length"], torch.device("cpu"), source.get("vocabulary"))
+    model.empty_caption = text([""])
+
+    # The reader itself, on drawings that it has not seen
+    reader = Reader(rae)
+    data = Shapes(first=50_000, captioned=True)
+    indices = torch.arange(50_000, 60_000)
+    said = said_by(data.caption(indices, indices, chance=2))
+    shown = reader(data.render(indices)[0] / 255)
+    right = (shown == said) | (said < 0)
+    print(f"captions: the reader is right on {right.all(1).float().mean():.2%} of {len(indices)} drawings", flush=True)
+
+    # Captions that say all, and captions as in training, of which parts are left out
+    for name, held_out in (("seen", False), ("never seen", True)):
+        *found, _ = obedience(model, rae, text, reader, full_captions(num, held_out), scale)
+        print(f"{num} captions of 11 words, pairs of class and colour {name}, scale {scale:g}:", row_of(*found),
+              flush=True)
+    indices = torch.arange(50_000, 50_000 + num)
+    captions = data.caption(indices, indices)
+    *found, shown = obedience(model, rae, text, reader, captions, scale)
+    print(f"{num} captions with parts left out:", row_of(*found))
+
+    # What is not said should be as various as in drawings: half the sum of differences between shares
+    said = said_by(captions)
+    real = reader(data.render(indices)[0] / 255)
+    far = []
+    for i in range(1, 6):
+        free = said[:, i] < 0
+        one, other = (torch.bincount(x[free, i], minlength=8) / free.sum() for x in (shown, real))
+        far.append(f"{PROPERTIES[i]} {(one - other).abs().sum() / 2:.2f}")
+    print("what they do not say, distance of its distribution from that of drawings (0 to 1):", ", ".join(far))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=PRETRAINED, help="make this encoder alone")
@@ -343,7 +463,10 @@ def main():
         if args.num < README_NUM / 2:
             print(f"WARNING: the README's figures are of n = {README_NUM:,} samples; of {args.num} FD is"
                   " larger, the distances vary more, and none can be held against them")
-        return check(args.check, args.num)
+        for run in ("assets/demo", "assets/demo/text.pt") if args.check == "assets/demo" else (args.check,):
+            judge = check_text if load_dit(ROOT / run).text else check
+            judge(run, args.num)
+        return
 
     # The encoders; a decoder of `tiny`, and two DiTs on its latents, by the commands that a user has
     for name in [args.only] if args.only else PRETRAINED:
@@ -356,6 +479,7 @@ def main():
     pack("out/demo/rae.pt", "rae.pt", "config", "mean", "var", encoder=None)
     pack("out/demo/dit.pt", "dit.pt", "config", "alpha", "classes")
     pack("out/weak/dit.pt", "weak.pt", "config", "alpha", "classes")
+    pack("out/text/dit.pt", "text.pt", "config", "alpha", "classes", "captions")
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@ import math
 
 import pytest
 import torch
+from conftest import ROOT, inside
 
 import fid
 import sample
 import train_decoder
 import train_dit
 from assets import release
-from rae import DECODERS, ENCODERS, RAE, STOPS, default_data
+from rae import DECODERS, ENCODERS, RAE, STOPS, UserError, default_data
 from train_decoder import Discriminator, cosine_lr
 from train_dit import SIZES, DiT, linear_lr
 
@@ -174,3 +175,11 @@ def test_a_fresh_decoder_and_a_fresh_discriminator_have_torchs_initial_values():
 
 def test_what_stops_a_run():
     assert [number.name for number in STOPS] == ["SIGTERM", "SIGINT", "SIGHUP"]
+
+
+def test_a_short_decay_is_a_laptops_and_one_that_runs_backwards_is_refused(tmp_path):
+    """`--decay-end` is compared with the recipe's own start, .25 epochs of `tiny`."""
+    flags = ("--rae", ROOT / "assets/demo", "--epochs", 2, "--steps", 1, "--micro", 4, "--batch", 4, "--workers", 0)
+    assert "wrote" in inside("train_dit.py", *flags, "--decay-end", 2, "--run", "run", cwd=tmp_path)
+    with pytest.raises(UserError, match="--decay-end 0.2 comes before --decay-start 0.25"):
+        inside("train_dit.py", *flags, "--decay-end", 0.2, "--run", "other", cwd=tmp_path)

@@ -12,7 +12,7 @@ import sample
 from rae import RAE, load_rae, mix, normals
 from assets.probe import best_of, fit_latent_probe, fit_probe
 from sample import balanced_label, generate, guided, pick_classes
-from train_dit import DiT, euler, sample_times
+from train_dit import DiT, euler, load_dit, sample_times
 
 CPU = torch.device("cpu")
 
@@ -248,6 +248,14 @@ def test_an_archive_holds_the_rounded_samples_of_balanced_labels(made, tmp_path,
     images = decoded(integrated(at(model, labels), mix(5, 0, torch.arange(11))))
     assert (images == 0).any() and (images == 1).any()                        # clamped
     check_pixels(pixels, images)
+
+
+def test_labels_are_indices_into_the_names(made, tmp_path, monkeypatch):
+    folder, *_ = made
+    first = load_dit(folder).classes[0]
+    run(monkeypatch, folder, "--npz", tmp_path / "s.npz", "--num", 4, "--steps", 1, "--classes", "cat", 0)
+    with np.load(tmp_path / "s.npz") as archive:
+        assert archive["names"][archive["labels"]].tolist() == ["cat", first] * 2
 
 
 @pytest.mark.parametrize("guide", ["the null class", "a weak model", "its base head"])

@@ -133,6 +133,14 @@ def test_the_text_wins_over_class_folders_and_train_and_val_may_be_flat(tmp_path
     assert {train[i, 0][1] for i in range(len(train))} == {"train", "a cat"} and val[0, 0][1] == "val" and len(val) == 1
 
 
+def test_three_photographs_are_enough_to_draw_examples(tmp_path):
+    for i in range(3):
+        photograph(tmp_path / f"data/{i}.jpg", b"a photograph")
+    flags = ("--rae", RAE, "--data", "data", "--text", "words", "--run", "run", "--batch", 2, "--steps", 1)
+    inside("train_dit.py", *DIT, *flags, cwd=tmp_path)
+    assert Image.open(next((tmp_path / "run/samples").glob("*.png"))).width > 300
+
+
 def test_a_folder_without_captions_is_refused(tmp_path):
     photograph(tmp_path / "cat/x.jpg")
     with pytest.raises(UserError, match="no image with a text: photo.txt is expected beside photo.jpg"):
@@ -338,6 +346,8 @@ def test_folders_of_photographs_with_texts_are_trained_on_and_prompted(tmp_path)
     flags = (*DIT, "--rae", RAE, "--data", "data", "--text", "words", "--run", "run")
     text = inside("train_dit.py", *flags, "--steps", 2, cwd=tmp_path)
     assert "24 images, captions by words" in text
+    with pytest.raises(UserError, match="was not trained with --text words"):
+        inside("train_dit.py", *flags[:-1], "new", "--init", RAE, cwd=tmp_path)
     captions = load(tmp_path / "run/dit.pt")["captions"]
     assert captions["vocabulary"] == ["0", "1", "2", "3", "4", "number", "photograph"]
     text = inside("sample.py", "--run", "run", "--steps", 2, cwd=tmp_path)    # ten of training
@@ -358,8 +368,8 @@ def test_folders_of_photographs_with_texts_are_trained_on_and_prompted(tmp_path)
 def test_prompts_are_columns_and_rows_of_a_file(trained, tmp_path):
     text = inside("sample.py", "--run", trained, "--steps", 2, "--prompt", DRAWN, "", "--num", 4, cwd=tmp_path)
     assert "guidance 3 by the empty caption" in text and f"columns {DRAWN}, " in text
-    (tmp_path / "prompts.txt").write_text("a ring\na blue heart\na star\n")
-    inside("sample.py", "--run", trained, "--steps", 2, "--prompt", "prompts.txt", "--npz", "s.npz", "--num", 7, cwd=tmp_path)
+    (tmp_path / "prompts.txt").write_text("a ring\na blue heart\n")
+    inside("sample.py", "--run", trained, "--steps", 2, "--prompt", "prompts.txt", "a star", "--npz", "s.npz", "--num", 7, cwd=tmp_path)
     with np.load(tmp_path / "s.npz") as archive:
         assert archive["labels"].tolist() == [0, 1, 2, 0, 1, 2, 0] and archive["arr_0"].shape == (7, 32, 32, 3)
         pixels = archive["arr_0"].astype(int)
@@ -409,7 +419,7 @@ def test_a_prompt_takes_the_newest_run_with_captions(trained, tmp_path):
 
 def test_a_guide_of_other_captions_is_refused(trained, tmp_path):
     inside("train_dit.py", *DIT, "--rae", RAE, "--text", "words", "--text-length", 12, "--run", "other", "--steps", 1, cwd=tmp_path)
-    with pytest.raises(UserError, match="cannot be guided by other .text was"):
+    with pytest.raises(UserError, match="cannot be guided by other .captions was"):
         inside("sample.py", "--run", trained, "--guide", "other", "--prompt", "a ring", cwd=tmp_path)
     assert "wrote" in inside("sample.py", "--run", trained, "--guide", trained, "--steps", 2, "--num", 2, cwd=tmp_path)
 
