@@ -165,7 +165,8 @@ class AdaRMSNorm(nn.RMSNorm):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with rotary positions: x (B,N,width) -> the same."""
+    """Multi-head attention with rotary positions: x (B,N,width) -> the same. mask: of keys, with
+    captions; queries and keys are normalised then."""
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
@@ -175,6 +176,9 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, mask=None):
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (B, N, 3, heads, C)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                 # each (B, heads, N, C)
+        if mask is not None:  # with captions: else few words get all attention, and others are not learned
+            q = F.rms_norm(q.float(), q.shape[-1:], eps=1e-6)
+            k = F.rms_norm(k.float(), k.shape[-1:], eps=1e-6)
         x = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, mask)
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, width)
 
@@ -266,6 +270,8 @@ class DiT(nn.Module):
         elif "words" in text:
             self.word_embedder = nn.Embedding(text["words"], width)
             self.word_positions = nn.Parameter(torch.empty(text["length"], width))
+            self.word_mlp = nn.Sequential(nn.Linear(2 * width, 2 * width), nn.SiLU(),
+                                          nn.Linear(2 * width, width))
         else:
             self.text_embedder = nn.Sequential(nn.RMSNorm(text["dim"], eps=1e-6),
                                                nn.Linear(text["dim"], width))
@@ -301,7 +307,7 @@ class DiT(nn.Module):
         if self.text is None:
             small.insert(0, self.y_embedder.weight)
         elif "words" in self.text:
-            small += [self.word_embedder.weight, self.word_positions]
+            small.append(self.word_positions)  # and word_embedder N(0, 1), as torch has it
         for weight in small:
             nn.init.normal_(weight, std=0.02)
         outputs = [self.final_layer] + ([self.base_layer] if self.base_head else [])
@@ -320,7 +326,9 @@ class DiT(nn.Module):
     def embed_caption(self, y):
         """y (B,L) or (B,L,E) -> tokens (B,L,W), which of them are no padding (B,L)."""
         if "words" in self.text:
-            return self.word_embedder(y.clamp(min=0)) + self.word_positions[:y.shape[1]], y >= 0
+            x = self.word_embedder(y.clamp(min=0)) + self.word_positions[:y.shape[1]]
+            before = F.pad(x[:, :-1], (0, 0, 1, 0))  # "dark blue", "small blue": what is blue?
+            return self.word_mlp(torch.cat([x, before], 2)), y >= 0
         return self.text_embedder(y), y.any(2)
 
     def forward(self, x_t, t, y, base=False):

@@ -136,10 +136,12 @@ class Shapes(Dataset):
         """All the words that captions have, as one line: those of all images."""
         return [" ".join(["a small large at the top bottom left right on dark", *self.colours_by_name, *self.classes])]
 
-    def caption(self, indices, keys, chance=0.7):
-        """(B,) -> B captions; what is unclear is not said, and each clear thing with this chance."""
+    def caption(self, indices, keys, chance=0.5):
+        """(B,) -> B captions; what is unclear is not said. Half of them say all that is clear; the others
+        say each clear thing with this chance."""
         u = self.uniform(indices)
-        said = (mix(keys[:, None], torch.arange(4)) >> 39).float() / 2 ** 24 < chance
+        draws = (mix(keys[:, None], torch.arange(5)) >> 39).float() / 2 ** 24     # (B, 5)
+        said = (draws[:, :4] < chance) | (draws[:, 4:] < 0.5)
         captions = []
         for (hue, ground, *_, x, y, radius, _), label, (size, colour, place, on) in zip(
                 u.tolist(), (indices % len(self.classes)).tolist(), said.tolist()):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import DIT, ROOT, inside, launch, load, losses
 from PIL import Image
 
@@ -76,7 +77,9 @@ def test_what_a_caption_leaves_out_is_drawn_from_its_key():
     some = [[said_in(caption) for caption in data.caption(index, mix(seed, index))] for seed in (1, 2)]
     for name in ("size", "colour", "ground"):
         kept = np.mean([name in b for a, b in zip(full, some[0]) if name in a])
-        assert kept == pytest.approx(0.7, abs=0.1), name
+        assert kept == pytest.approx(0.75, abs=0.1), name
+    whole = np.mean([a == b for a, b in zip(full, some[0]) if len(a) > 4])
+    assert 0.5 <= whole < 0.7                                                 # half of them, and some by luck
     assert all(b.items() <= a.items() and b["shape"] == "heart" for a, b in zip(full, some[0]))
     assert some[0] != some[1] and some[0] == [said_in(c) for c in data.caption(index, mix(1, index))]
     plain = Shapes().render(index)[0]
@@ -194,6 +197,8 @@ def test_a_caption_is_in_context_and_nowhere_else():
     y = KINDS["words"][1]
     t_e = model.t_embedder(t)[:, None]
     words = model.word_embedder.weight[y.clamp(min=0)] + model.word_positions[:4]
+    before = torch.cat([torch.zeros_like(words[:, :1]), words[:, :-1]], 1)    # and the word before each
+    words = model.word_mlp[2](F.silu(model.word_mlp[0](torch.cat([words, before], 2))))
     s = torch.cat([model.s_embedder(x) + model.pos_embed, words], 1)
     seen = torch.cat([torch.ones(3, 9, dtype=torch.bool), y >= 0], 1)
     for block in model.blocks:
@@ -203,6 +208,7 @@ def test_a_caption_is_in_context_and_nowhere_else():
             q, k, v = block.attn.qkv(z).view(3, 13, 3, 2, 16).permute(2, 0, 3, 1, 4)
             rows = []
             for z in (q, k):
+                z = z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt()
                 a, b = z[:, :, :9, 0::2], z[:, :, :9, 1::2]
                 turned = torch.stack([a * model.cos - b * model.sin, b * model.cos + a * model.sin], -1).flatten(-2)
                 rows.append(torch.cat([turned, z[:, :, 9:]], 2))
@@ -385,7 +391,7 @@ def test_guidance_leaves_the_empty_prompt_where_it_is(trained, tmp_path):
     ema = {key: 0.2 * torch.randn_like(value) for key, value in saved["ema"].items()}
     torch.save(saved | dict(ema=ema), tmp_path / "dit.pt")
     pictures = []
-    for scale in (1, 9):
+    for scale in (1, 40):
         inside("sample.py", "--run", tmp_path, "--steps", 2, "--prompt", "a ring", "", "--scale", scale, "--npz", "s.npz",
                "--num", 4, cwd=tmp_path)
         with np.load(tmp_path / "s.npz") as archive:
