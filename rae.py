@@ -441,10 +441,15 @@ def load_strict(module, state, what):
 
 
 def newest_run(name, captioned=False):
-    """The newest out/*/name, else the bundled demo's; captioned: of those trained on captions."""
-    demo = ROOT / "assets/demo" / ("text.pt" if captioned else name)
+    """The newest out/*/name, else the bundled demo's; captioned: of those trained on captions. Errors:
+    there is none with captions."""
     runs = sorted(Path("out").glob(f"*/{name}"), key=os.path.getmtime, reverse=True)
-    return next((run for run in runs if not captioned or read_weights(run).get("captions")), demo)
+    if captioned:
+        runs = [run for run in runs if read_weights(run).get("captions")]
+        if not runs:
+            raise UserError("no run in out/ was trained on captions: train one with train_dit.py --text"
+                            " words, or name one with --run")
+    return runs[0] if runs else ROOT / "assets/demo" / name
 
 
 def locate(path_or_name, file):

@@ -8,6 +8,7 @@ one comparison on photographs.
     python assets/figures.py latents       # RAE, VAE and pixels: one DiT^DH on each, by steps: trains 32 DiTs
     python assets/figures.py photographs [cifar10]   # the same three on CIFAR-10, in that folder
     python assets/figures.py guidance      # the bundled demo under guidance, and best of N
+    python assets/figures.py text [out/text]         # a text model: how well pictures show what captions say
     python assets/figures.py beyond        # x-prediction and base heads: trains 44 DiTs
 
 An ablation's rows are one command with one flag changed; its runs stay under out/ablations, so that a second
@@ -21,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from make_demo import (ROOT, classifier, draw, parts, pooled, pretrain_ssl, pretrain_vae,
-                       train_judge)
+from make_demo import (PROPERTIES, ROOT, Reader, classifier, draw, full_captions, obedience, parts, pooled,
+                       pretrain_ssl, pretrain_vae, text_model, train_judge)
 from torchvision.io import read_image
 from torchvision.utils import make_grid, save_image
 
@@ -252,6 +253,39 @@ def guidance(num=2000):
     axes.set(xlabel="guidance scale", ylabel="FD, mean tokens of tiny", title=f"demo, n = {num}, 25 steps")
     axes.legend()
     figure.savefig(ROOT / "assets/guidance.png", dpi=110)
+
+
+# Captions
+
+SCALES = (1, 2, 3, 4.5)
+CHANGED = (  # one property after the other, from the same noise; a green star was never trained
+    "a small red star at the top left on dark blue", "a small red heart at the top left on dark blue",
+    "a small green star at the top left on dark blue", "a large red star at the top left on dark blue",
+    "a small red star at the bottom right on dark blue", "a small red star at the top left on dark orange")
+NEVER_TRAINED = (
+    "a large red circle at the bottom left on dark green", "a small orange square at the top right on dark purple",
+    "a large lime triangle at the bottom on dark red", "a small cyan ring at the top on dark pink",
+    "a large blue plus at the left on dark lime", "a small pink crescent at the right on dark cyan")
+
+
+def text(run="out/text", num=500):
+    """A text model of shapes: obedience by scale, and prompts from the same noise, a row each."""
+    torch.set_grad_enabled(False)
+    model, rae, encode = text_model(ROOT / run)
+    reader = Reader(rae)
+    print(f"| captions | scale | {' | '.join(PROPERTIES)} | all |\n|{'---|' * (len(PROPERTIES) + 3)}")
+    for name, held_out in (("seen pairs", False), ("never seen", True)):
+        captions = full_captions(num, held_out)
+        for scale in SCALES:
+            shares, together, _ = obedience(model, rae, encode, reader, captions, scale)
+            cells = " | ".join(f"{share:.1%}" for share in (*shares, together))
+            print(f"| {name} | {scale} | {cells} |", flush=True)
+
+    prompts = (*CHANGED, *NEVER_TRAINED)
+    y = encode(prompts).repeat(5, 1)
+    rows = torch.arange(5).repeat_interleave(len(prompts))
+    images = draw(model, rae, y, rows, 50, scale=3.0)
+    save_image(images, ROOT / "assets/text.png", nrow=len(prompts))
 
 
 # The paper's headline: the same DiT^DH on an encoder's latents, on a VAE's, on pixels
@@ -649,9 +683,9 @@ def beyond_curves(plt, found, num):
 
 def main():
     known = dict(quickstart=quickstart, cifar10=cifar10, stage1=stage1, stage2=stage2, guidance=guidance,
-                 latents=latents, photographs=photographs, beyond=beyond)
+                 latents=latents, photographs=photographs, beyond=beyond, text=text)
     what, *folder = sys.argv[1:] or [None]
-    if what not in known or len(folder) > (what == "photographs"):
+    if what not in known or len(folder) > (what in ("photographs", "text")):
         sys.exit(__doc__)
     start()
     torch.manual_seed(0)

@@ -36,8 +36,6 @@ COMMANDS = [
     "train_dit.py --rae out/demo/rae.pt --run out/weak --width 96 --depth 3 --heads 3 --head 96"
     " --head-heads 3 --batch 128 --epochs 3 --decay-end 3 --ema 0.995",
     "train_dit.py --run out/demo --batch 128 --epochs 14 --decay-end 14 --ema 0.998",
-    "train_dit.py --rae out/demo/rae.pt --run out/text --text words --batch 128 --epochs 6 --decay-end 6"
-    " --ema 0.998",
 ]
 SHAPES = Shapes()
 README_NUM = 2000       # samples that the README's figures are of
@@ -397,6 +395,16 @@ class Reader:
         return torch.cat([label.argmax(1, keepdim=True), (8 * hues).round().long() % 8, sides], 1)
 
 
+def text_model(path):
+    """(DiT, autoencoder, what encodes captions) of a text model."""
+    model = load_dit(path)
+    source = dict(model.captions)
+    source.pop("examples")
+    text = open_text(source["model"], source["length"], torch.device("cpu"), source.get("vocabulary"))
+    model.empty_caption = text([""])
+    return model, load_rae(ROOT / model.rae), text
+
+
 def obedience(model, rae, text, reader, captions, scale, steps=25):
     """(share of pictures that show each property (6,), of those that say it; share that show all that is said;
     what the pictures show (B,6))."""
@@ -415,12 +423,7 @@ def row_of(shares, together):
 def check_text(run, num, scale=3.0):
     """Prints how well a run's pictures show what captions say."""
     torch.set_grad_enabled(False)
-    model = load_dit(ROOT / run)
-    rae = load_rae(ROOT / model.rae)
-    source = dict(model.captions)
-    source.pop("examples")
-    text = open_text(source["model"], source["length"], torch.device("cpu"), source.get("vocabulary"))
-    model.empty_caption = text([""])
+    model, rae, text = text_model(ROOT / run)
 
     # The reader itself, on drawings that it has not seen
     reader = Reader(rae)
@@ -463,10 +466,8 @@ def main():
         if args.num < README_NUM / 2:
             print(f"WARNING: the README's figures are of n = {README_NUM:,} samples; of {args.num} FD is"
                   " larger, the distances vary more, and none can be held against them")
-        for run in ("assets/demo", "assets/demo/text.pt") if args.check == "assets/demo" else (args.check,):
-            judge = check_text if load_dit(ROOT / run).text else check
-            judge(run, args.num)
-        return
+        judge = check_text if load_dit(ROOT / args.check).text else check
+        return judge(args.check, args.num)
 
     # The encoders; a decoder of `tiny`, and two DiTs on its latents, by the commands that a user has
     for name in [args.only] if args.only else PRETRAINED:
@@ -479,7 +480,6 @@ def main():
     pack("out/demo/rae.pt", "rae.pt", "config", "mean", "var", encoder=None)
     pack("out/demo/dit.pt", "dit.pt", "config", "alpha", "classes")
     pack("out/weak/dit.pt", "weak.pt", "config", "alpha", "classes")
-    pack("out/text/dit.pt", "text.pt", "config", "alpha", "classes", "captions")
 
 
 if __name__ == "__main__":

@@ -661,8 +661,8 @@ MUTANTS = [
      'model.empty_caption = text([""])',
      "model.empty_caption = text(prompts[:1])", TEXT + " -k guidance"),
     ("rae.py",
-     'for run in runs if not captioned or read_weights(run).get("captions")',
-     "for run in runs", TEXT + " -k newest_run_with"),
+     'for run in runs if read_weights(run).get("captions")]',
+     "for run in runs]", TEXT + " -k newest_run_with"),
 
     # Predicting the latent, and a base head
     ("train_dit.py",
