@@ -280,8 +280,9 @@ def test_guidance_starts_from_the_empty_caption(kind):
     t = torch.tensor(0.4)
     v, null = (model(z, t.expand(3), condition) for condition in (y, null_of(model, y)))
     torch.testing.assert_close(guided(model, y, 1.0)(z, t), v)
-    torch.testing.assert_close(guided(model, y, 0.0)(z, t), null, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(guided(model, y, 3.0)(z, t), null + 3 * (v - null), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(guided(model, y, 0.0)(z, t), null, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(guided(model, y, 3.0)(z, t), null + 3 * (v - null), rtol=1e-3, atol=2e-3)
+    assert (v - null).abs().max() > 0.05                                      # far more than rounding
     for weak in (random_dit(text, width=16), "self"):
         assert not torch.allclose(guided(model, y, 3.0, weak)(z, t), v)
 
