@@ -953,7 +953,8 @@ def autocast_for(dtype, device):
         if device.type == "cuda":
             has = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            has = torch.cpu.get_capabilities().get("avx512_bf16")
+            capabilities = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.6 has it not: fp32
+            has = capabilities().get("avx512_bf16")
         dtype = "bf16" if has else "fp32"
     return dtype, partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == "bf16")
 

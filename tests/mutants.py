@@ -48,6 +48,7 @@ MUTANTS = [
      "function",
      'with torch.autocast("cuda" if args[-1].is_cuda else "cpu", enabled=True):\n            return '
      "function", RAE),
+    ("rae.py", 'getattr(torch.cpu, "get_capabilities", dict)', "torch.cpu.get_capabilities", RAE + " -k capabilities"),
     ("rae.py", "x[:, self.prefix_tokens:]", "x[:, 1:]", ENCODERS),
     ("rae.py", 'state["cls_token"] = state["cls_token"] + position', "pass", ENCODERS),
     ("rae.py", "antialias=spec.antialias,", "antialias=True,", ENCODERS),

@@ -788,3 +788,11 @@ def test_the_script_draws_originals_above_reconstructions(tmp_path, monkeypatch,
     monkeypatch.setattr(sys, "argv", ["rae.py", f"{tmp_path}/rae.pt", "--run", str(tmp_path)])
     with pytest.raises(ValueError, match="cannot read .*rae.pt"):
         module.main()
+
+
+def test_without_a_list_of_capabilities_arithmetic_is_fp32(monkeypatch):
+    """torch 2.6 has none."""
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert module.autocast_for(None, CPU)[0] == "fp32"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict(avx512_bf16=True), raising=False)
+    assert module.autocast_for(None, CPU)[0] == "bf16"
