@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from rae import (UserError, at_least, command, default_data, load_rae, locate, mix, newest_run,
                  normals, refuse_changes, save_picture, say, start)
-from train_dit import conditional, euler, load_dit, null_of, open_text, sample_times
+from train_dit import conditional, euler, load_dit, load_text, null_of, sample_times
 
 
 # Guidance: each function gives v, and a weaker v away from which v is extended
@@ -210,17 +210,11 @@ def columns_of(args, model, device):
         classes = pick_classes(args.classes, model.classes) if model.classes else [model.num_classes]
         names = [str(model.classes[i]) if i < len(model.classes) else "no class" for i in classes]
         return names, torch.tensor(classes)
-    source = dict(model.captions)
-    prompts = source.pop("examples")
-    if args.prompt:
-        prompts = []
-        for prompt in args.prompt:
-            is_file = prompt.endswith(".txt")
-            prompts += Path(prompt).read_text("utf-8-sig").splitlines() if is_file else [prompt]
-    text = open_text(source["model"], source["length"], device, source.get("vocabulary"))
-    refuse_changes("the text model is not that of the training", source, text.source, "bring it back")
-    model.empty_caption = text([""])
-    return prompts, text(prompts)
+    prompts = []
+    for prompt in args.prompt or model.captions["examples"]:
+        is_file = args.prompt and prompt.endswith(".txt")
+        prompts += Path(prompt).read_text("utf-8-sig").splitlines() if is_file else [prompt]
+    return prompts, load_text(model, device)(prompts)
 
 
 def main():
@@ -264,7 +258,7 @@ def main():
             if args.npz:
                 labels = columns if model.text else y[columns]  # indices into the names
                 np.savez(whole, arr_0=array, labels=labels.numpy(),
-                         names=names if model.text else model.classes)
+                         names=names if model.text else [*model.classes, "no class"])
                 os.replace(whole, out)  # at once, or not at all
             else:
                 images = torch.from_numpy(array).permute(0, 3, 1, 2) / 255

@@ -29,9 +29,9 @@ from rae import (ROOT, HelpFormatter, UserError, absolute_path, any_rank, apply_
                  attention, autocast_for, batches, command, compile_blocks, ddp_in_fixed_order,
                  default_data, evenly, grid_angles, in_fp32, in_order, load_rae, load_strict, locate,
                  lock_run, mean_over_ranks, micro_batch, mix, newest_run, normals, open_data,
-                 open_val, read_weights, record, remember, restore, resume, save_checkpoint,
-                 save_picture, say, say_cost, shuffled, sincos_2d, start, stop_signal, try_to_read,
-                 wait_for)
+                 open_val, read_weights, record, refuse_changes, remember, restore, resume,
+                 save_checkpoint, save_picture, say, say_cost, shuffled, sincos_2d, start, stop_signal,
+                 try_to_read, wait_for)
 
 SIZES = {            # width: depth, heads
     192:  (4, 6),    # for the encoder `tiny`
@@ -176,7 +176,7 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, mask=None):
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (B, N, 3, heads, C)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                 # each (B, heads, N, C)
-        if mask is not None:  # with captions: else few words get all attention, and others are not learned
+        if mask is not None:  # with captions: keeps attention from settling on a few words early
             q = F.rms_norm(q.float(), q.shape[-1:], eps=1e-6)
             k = F.rms_norm(k.float(), k.shape[-1:], eps=1e-6)
         x = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, mask)
@@ -474,6 +474,16 @@ def load_dit(path_or_name, device="cpu"):
     model.scale = saved.get("scale")
     model.captions = saved.get("captions")
     return model.eval().requires_grad_(False).to(device)
+
+
+def load_text(model, device):
+    """What encoded the captions of a DiT's training; sets the model's empty caption, for guidance.
+    Errors: the text model is not there, or is another now."""
+    source = {key: value for key, value in model.captions.items() if key != "examples"}
+    text = open_text(source["model"], source["length"], device, source.get("vocabulary"))
+    refuse_changes("the text model is not that of the training", source, text.source, "bring it back")
+    model.empty_caption = text([""])
+    return text
 
 
 @torch.no_grad()

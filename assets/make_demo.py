@@ -29,7 +29,7 @@ from fid import frechet_distance, moments                                       
 from rae import (RAE, Decoder, at_least, autocast_for, build_encoder, load_rae, mix, patchify, psnr,  # noqa: E402
                  read_weights, save_checkpoint)
 from sample import generate                                                           # noqa: E402
-from train_dit import load_dit, open_text                                             # noqa: E402
+from train_dit import load_dit, load_text                                             # noqa: E402
 
 COMMANDS = [
     "train_decoder.py --encoder tiny --run out/demo --lr 3e-3 --epochs 5",
@@ -398,11 +398,7 @@ class Reader:
 def text_model(path):
     """(DiT, autoencoder, what encodes captions) of a text model."""
     model = load_dit(path)
-    source = dict(model.captions)
-    source.pop("examples")
-    text = open_text(source["model"], source["length"], torch.device("cpu"), source.get("vocabulary"))
-    model.empty_caption = text([""])
-    return model, load_rae(ROOT / model.rae), text
+    return model, load_rae(ROOT / model.rae), load_text(model, torch.device("cpu"))
 
 
 def obedience(model, rae, text, reader, captions, scale, steps=25):
