@@ -1098,13 +1098,6 @@ def mean_over_ranks(history, run, step):
     return means
 
 
-def wait_for(device):
-    """The time, once the device has done what it was asked for."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.time()
-
-
 # Runs and their files
 
 def at_least(low, kind=int, most=math.inf):
@@ -1148,6 +1141,13 @@ def say(*words):
     """print, on rank 0."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(*words, flush=True)
+
+
+def speed(since, step, total, batch, flops):
+    """{images_per_s, tflops, eta in s}; since: (step, time) of the last line of the log, or pause."""
+    rate = (step - since[0]) / (time.time() - since[1])  # steps per second
+    return dict(images_per_s=rate * batch, tflops=rate * batch * 3 * flops / 1e12,  # backward: 2 forward
+                eta=(total - step) / rate)
 
 
 def record(run, **values):

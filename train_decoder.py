@@ -14,6 +14,7 @@ import math
 import time
 from collections import defaultdict
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -29,8 +30,8 @@ from rae import (DECODERS, ENCODERS, RAE, HelpFormatter, UserError, absolute_pat
                  command, compile_blocks, ddp_in_fixed_order, default_data, in_fp32, in_order,
                  load_lpips, load_rae, load_strict, lock_run, mean_over_ranks, micro_batch, mix,
                  normals, open_data, open_val, psnr, record, remember, restore, resume,
-                 save_checkpoint, save_picture, say, say_cost, shuffled, ssim, start, stop_signal,
-                 try_to_read, wait_for)
+                 save_checkpoint, save_picture, say, say_cost, shuffled, speed, ssim, start,
+                 stop_signal, try_to_read)
 
 
 # Latent statistics and noise
@@ -264,7 +265,8 @@ RECIPES = {  # of an encoder: the paper's (section 3, appendix), and one for a l
 }
 
 
-def parse_args(argv=None):
+def flags():
+    """One line a flag. A flag without default has its recipe's."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0],
                                      formatter_class=HelpFormatter)
     add = parser.add_argument
@@ -310,8 +312,12 @@ def parse_args(argv=None):
     add("--save-every", type=count, help="steps between checkpoints, evaluations and pictures")
     add("--keep-every", type=amount, default=0, help="epochs between averages that are kept, 0: none")
     add("--log-every", type=count, default=50, help="steps between lines of the log")
+    return parser
 
-    # The recipe of the encoder gives the defaults
+
+def parse_args(argv=None):
+    """The flags; those that are not given are the recipe's of the encoder."""
+    parser = flags()
     parser.set_defaults(**RECIPES["paper"])
     if parser.parse_args(argv).encoder.startswith("tiny"):
         parser.set_defaults(**RECIPES["tiny"])
@@ -333,12 +339,16 @@ def cosine_lr(step, peak, warmup, length):
 
 # Training
 
-def prepare(args, rae, dataset, held_out, saved, has_disc, device):
+def load_frozen(args, rae, dataset, held_out, saved, disc_begins, device):
     """Load the RAE's encoder, try to read the images, and set the statistics of the latents: the
-    checkpoint's, or measured now. Returns (LPIPS, discriminator), None where they are not wanted."""
-    rae.load_encoder(saved["encoder"] if saved else args.encoder_weights)
+    checkpoint's, or measured now. Returns (LPIPS or None, discriminator or None, whether rae.pt keeps
+    the encoder)."""
+    weights = saved["encoder"] if saved else args.encoder_weights
+    rae.load_encoder(weights)
     perceptual = load_lpips(device, args.lpips_vgg) if args.lpips_weight else None
-    disc = Discriminator(args.disc, args.disc_weights).to(device) if has_disc else None
+    disc = None
+    if args.gan_weight and disc_begins:
+        disc = Discriminator(args.disc, args.disc_weights).to(device)
     try_to_read(dataset, held_out, workers=args.workers)
     if saved:
         mean, var = saved["mean"], saved["var"]
@@ -347,19 +357,27 @@ def prepare(args, rae, dataset, held_out, saved, has_disc, device):
         mean, var = latent_statistics(rae, dataset, 64, device, args.workers)
     rae.mean.copy_(mean)
     rae.var.copy_(var)
-    return perceptual, disc
+    keep_encoder = weights is not None or args.encoder.startswith("tiny")  # no hub has it
+    return perceptual, disc, keep_encoder
 
 
-def trained_parts(decoder, disc, init):
-    """{name: module or optimiser} of a new run; init: an autoencoder whose decoder it begins with."""
-    if init:
-        other = load_rae(init, decode_only=True).decoder
-        load_strict(decoder, other.state_dict(), f"--init {init}")
+def trained_parts(args, decoder, disc, disc_has_begun, saved):
+    """{name: module or optimiser} of what is trained, and the average of the decoder's weights (ema):
+    new, or as an earlier start left them."""
+    if args.init and not saved:
+        other = load_rae(args.init, decode_only=True).decoder
+        load_strict(decoder, other.state_dict(), f"--init {args.init}")
     adamw = partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     parts = dict(model=decoder, optimizer=adamw(decoder.parameters()))  # lr: at each step
     if disc:
         parts |= dict(disc=disc.heads, disc_optimizer=adamw(disc.heads.parameters()))
-    return parts
+    ema = ModelEmaV3(decoder, decay=args.ema)
+    parts["ema"] = ema.module
+    if saved and disc_has_begun and not saved.get("disc"):
+        raise UserError("the run went on without discriminator: resume with --gan-weight 0")
+    if saved:
+        restore(parts, saved)  # a discriminator that had not begun is not in the file
+    return parts, ema
 
 
 def save_rae(path, rae, keep_encoder, parts, **state):
@@ -408,28 +426,19 @@ def main():
     if saved and step >= total:
         return say(f"{run}/rae.pt is at step {step} of {total}: finished; --epochs, --steps extend it")
 
-    # Frozen networks and latent statistics; rae.pt keeps an encoder that no hub has
+    # Frozen networks and latent statistics
     centred = centre_crops(dataset)
-    has_disc = args.gan_weight > 0 and disc_begin < total
-    perceptual, disc = prepare(args, rae, centred, held_out, saved, has_disc, device)
-    given = saved["encoder"] is not None if saved else args.encoder_weights
-    save = partial(save_rae, rae=rae, fixed=fixed, data=data,
-                   keep_encoder=bool(given) or args.encoder.startswith("tiny"))
+    perceptual, disc, keeps = load_frozen(args, rae, centred, held_out, saved, disc_begin < total, device)
+    save = partial(save_rae, rae=rae, keep_encoder=keeps, fixed=fixed, data=data)
     if not rae.spec.timm:
         save(run / "rae.pt", step=0, parts=dict(model=decoder, ema=decoder))
         return say(f"wrote {run}/rae.pt, pixels need no decoder."
                    f" Next: {command('train_dit.py', '--run', run)}")
 
-    # What is trained, and the average of the weights: new, or as an earlier start left them
-    parts = trained_parts(decoder, disc, None if saved else args.init)
-    ema = ModelEmaV3(decoder, decay=args.ema)
-    parts["ema"] = ema.module
+    # What is trained, and the average of the weights
+    parts, ema = trained_parts(args, decoder, disc, disc and step > disc_begin, saved)
     if not saved:
         save(run / "rae.pt", step=step, parts=parts)  # the statistics, which take long
-    elif disc and step > disc_begin and not saved.get("disc"):
-        raise UserError(f"{run} went on without discriminator: resume with --gan-weight 0")
-    else:
-        restore(parts, saved)  # a discriminator that had not begun is not in the file
     saved = None  # else the old file stays mapped, and on the disk
 
     # Arithmetic, ranks, the order of the images
@@ -450,14 +459,10 @@ def main():
     # The loop, in optimiser steps
     asked = stop_signal()  # SIGTERM, Ctrl-C, a closed terminal
     history = defaultdict(list)  # losses since the last line of the log
-    logged_step = step       # of the last line of the log ...
-    logged_at = time.time()  # ... and its time, moved on by pauses
+    since = step, time.time()    # from where on its speed is measured: without pauses
     stop = False
     while step < total and not stop:
-        micros = []
-        for _ in range(accum):
-            images, _, keys = next(loader)
-            micros.append((images, rae.encode(images), keys))  # z: (B, N, D)
+        micros = [(images, rae.encode(images), keys) for images, _, keys in islice(loader, accum)]
         use_gan = disc is not None and step >= gan_begin
         train_disc = disc is not None and step >= disc_begin
 
@@ -475,8 +480,7 @@ def main():
             if use_gan:
                 lam = adversarial_backward(loss / accum, gan / accum, copies,
                                            decoder.predict.weight, args.gan_weight)
-                loss = loss + args.gan_weight * lam * gan
-                losses |= dict(loss=loss, gan=gan, gan_lambda=lam)
+                losses |= dict(loss=loss + args.gan_weight * lam * gan, gan=gan, gan_lambda=lam)
             else:
                 (loss / accum).backward()
             remember(history, **losses)
@@ -502,25 +506,20 @@ def main():
         step += 1
         stop = any_rank(asked)  # on all ranks at once
 
-        # ---- save, look, log ----
+        # ---- log, save, look ----
+        if step % args.log_every == 0 or step == total:
+            means = mean_over_ranks(history, run, step)  # the one device sync, before the clock is read
+            record(run, stage=1, step=step, total=total, **means, lr=lr,
+                   **speed(since, step, total, args.batch, flops))
+            since = step, time.time()
         if step % args.save_every == 0 or step == total or stop:
-            pause = wait_for(device)
             save(run / "rae.pt", step=step, parts=parts)  # first: a stopped run has seconds
             if not stop:
                 look(run, rae, ema.module, held_out, examples, perceptual, step, args.workers)
-            logged_at += time.time() - pause
+            since = step, time.time()
         if args.keep_every and step % max(1, round(args.keep_every * epoch)) == 0:
-            pause = wait_for(device)
             save(run / f"rae_{step:07d}.pt", step=step, parts=dict(ema=ema.module))
-            logged_at += time.time() - pause
-        if step % args.log_every == 0 or step == total:
-            means = mean_over_ranks(history, run, step)  # the one device sync, before the clock is read
-            rate = (step - logged_step) / (time.time() - logged_at)
-            record(run, stage=1, step=step, total=total, **means, lr=lr, images_per_s=rate * args.batch,
-                   tflops=rate * args.batch * 3 * flops / 1e12,  # backward: 2 forward
-                   eta=(total - step) / rate)
-            logged_step = step
-            logged_at = time.time()
+            since = step, time.time()
     if stop:
         return say(f"stopped; {run}/rae.pt is at step {step}, and the same command goes on")
     say(f"wrote {run}/rae.pt; {run}/samples shows originals, copies, and copies of noisy latents."

@@ -27,11 +27,11 @@ from torch import nn
 from fid import frechet_distance, moments
 from rae import (ROOT, HelpFormatter, UserError, absolute_path, any_rank, apply_gradients, at_least,
                  attention, autocast_for, batches, command, compile_blocks, ddp_in_fixed_order,
-                 default_data, evenly, grid_angles, in_fp32, in_order, load_rae, load_strict, locate,
-                 lock_run, mean_over_ranks, micro_batch, mix, newest_run, normals, open_data,
-                 open_val, read_weights, record, refuse_changes, remember, restore, resume,
-                 save_checkpoint, save_picture, say, say_cost, shuffled, sincos_2d, start, stop_signal,
-                 try_to_read, wait_for)
+                 default_data, evenly, grid_angles, in_fp32, in_order, load_rae, load_strict,
+                 locate, lock_run, mean_over_ranks, micro_batch, mix, newest_run, normals,
+                 open_data, open_val, read_weights, record, refuse_changes, remember, restore,
+                 resume, save_checkpoint, save_picture, say, say_cost, shuffled, sincos_2d, speed,
+                 start, stop_signal, try_to_read)
 
 SIZES = {            # width: depth, heads
     192:  (4, 6),    # for the encoder `tiny`
@@ -552,8 +552,8 @@ RECIPES = {  # of an autoencoder: the paper's (sections 4, 5), and one for a lap
 }
 
 
-def parse_args(argv=None, encoder="dinov2_b"):
-    """The flags; encoder: the autoencoder's, which decides the recipe."""
+def flags():
+    """One line a flag. A flag without default has its recipe's."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0],
                                      formatter_class=HelpFormatter)
     add = parser.add_argument
@@ -582,7 +582,7 @@ def parse_args(argv=None, encoder="dinov2_b"):
     add("--shift-base", type=at_least(1e-3, float), help="the 4096 in alpha = sqrt(N D / 4096)")
     add("--label-dropout", type=at_least(0, float, 1), help="share of null labels; 1: unconditional")
     # how long, and how
-    add("--epochs", type=amount, help="length of training; an epoch of shapes has 50,000 images")
+    add("--epochs", type=at_least(1e-12, float), help="length of training; an epoch of shapes has 50,000 images")
     add("--steps", type=count, help="stop after so many optimiser steps, with the same schedule")
     add("--batch", type=count, help="images per optimiser step, over all ranks")
     add("--micro", type=count, help="images of a rank at a time, at most; gradients add up to --batch")
@@ -603,9 +603,14 @@ def parse_args(argv=None, encoder="dinov2_b"):
     add("--keep-every", type=amount, default=0, help="epochs between averages that are kept, 0: none")
     add("--eval-every", type=at_least(0), default=0, help="steps between evaluations on --val, 0: none")
     add("--log-every", type=count, default=50, help="steps between lines of the log")
+    return parser
 
-    # The recipe gives the defaults; some follow from the width and the head
-    parser.set_defaults(**RECIPES["tiny" if encoder.startswith("tiny") else "paper"])
+
+def parse_args(argv=None, encoder=None):
+    """The flags; encoder: the autoencoder's, whose recipe gives those that are not given. Some follow
+    from the width and the head."""
+    parser = flags()
+    parser.set_defaults(**RECIPES["tiny" if str(encoder).startswith("tiny") else "paper"])
     args = parser.parse_args(argv)
     depth, heads = SIZES.get(args.width, (None, None))  # S, B, L, XL
     by_size = dict(depth=depth, heads=heads, ema=0.9995 if args.head else 0.9999,
@@ -618,6 +623,8 @@ def parse_args(argv=None, encoder="dinov2_b"):
                         " give --depth and --heads")
     if args.val and not args.eval_every:
         raise UserError("--val is for --eval-every: give both")
+    if encoder and args.decay_end < args.decay_start < math.inf:
+        raise UserError(f"--decay-end {args.decay_end} comes before --decay-start {args.decay_start}")
     return args
 
 
@@ -658,6 +665,25 @@ def open_sets(args, rae, rae_path):
         raise UserError(f"--val has other classes than --data: {', '.join(odd[:6])}"
                         " are in one of them alone")
     return data, dataset, held_out
+
+
+def open_captions(args, dataset, device):
+    """What encodes captions, and what dit.pt keeps of them, with ten examples; None of a class model."""
+    if not args.text:
+        return None, None
+    text = open_text(args.text, args.text_length, device, vocabulary_of(dataset, args))
+    examples = [dataset[index, index][1] for index in evenly(len(dataset), 10)]
+    return text, dict(text.source, examples=examples)
+
+
+def columns_of(model, text, captions, unconditional):
+    """What the pictures' ten columns show: examples of captions, or classes far apart."""
+    if text:
+        model.empty_caption = text([""])
+        return text(captions["examples"])
+    classes = model.num_classes
+    columns = torch.arange(10) * max(1, classes // 10) % classes
+    return torch.full_like(columns, classes) if unconditional else columns
 
 
 def warn_if_narrow(config):
@@ -701,25 +727,14 @@ def main():
     rae_path, run = find_autoencoder(args)
     rae = load_rae(rae_path, device)
     args = parse_args(encoder=rae.name)
-    # Not in parse_args, whose first call does not know the recipe yet
-    if args.decay_end < args.decay_start < math.inf:
-        raise UserError(f"--decay-end {args.decay_end} comes before --decay-start {args.decay_start}")
     unconditional = args.label_dropout == 1  # no label is ever seen
     alpha = 1 if args.no_shift else shift_alpha(rae.num_tokens, rae.token_dim, args.shift_base)
     data, dataset, held_out = open_sets(args, rae, rae_path)
+    text, captions = open_captions(args, dataset, device)
     epoch = len(dataset) / args.batch  # in steps, not whole
     total = math.ceil(args.epochs * epoch)
     total = min(total, args.steps or total)
-    if not total:
-        raise UserError(f"--epochs {args.epochs}: no step to train")
     micro, accum = micro_batch(args.batch, args.micro, world)
-
-    # What captions become; a class model has none
-    text = captions = None
-    if args.text:
-        text = open_text(args.text, args.text_length, device, vocabulary_of(dataset, args))
-        examples = [dataset[index, index][1] for index in evenly(len(dataset), 10)]
-        captions = dict(text.source, examples=examples)
 
     # The run's folder, and where an earlier start of this command left it
     run = run or Path(f"out/{rae.name}")
@@ -740,12 +755,7 @@ def main():
     # The model, the average of its weights, the optimiser: new, or as an earlier start left them
     torch.manual_seed(args.seed)  # of the weights
     model = DiT(**config).to(device)
-    columns = torch.arange(10) * max(1, model.num_classes // 10) % model.num_classes  # far apart
-    if text:
-        model.empty_caption = text([""])
-        columns = text(examples)
-    elif unconditional:
-        columns.fill_(model.num_classes)
+    columns = columns_of(model, text, captions, unconditional)
     if args.init and not saved:
         load_strict(model, initial_weights(args, model), f"--init {args.init}")
     ema = ModelEmaV3(model, decay=args.ema)
@@ -779,8 +789,7 @@ def main():
     # The loop, in optimiser steps
     asked = stop_signal()  # SIGTERM, Ctrl-C, a closed terminal
     history = defaultdict(list)  # losses since the last line of the log
-    logged_step = step       # of the last line of the log ...
-    logged_at = time.time()  # ... and its time, moved on by pauses
+    since = step, time.time()    # from where on its speed is measured: without pauses
     stop = False
     while step < total and not stop:
         for i in range(accum):
@@ -803,32 +812,26 @@ def main():
         step += 1
         stop = any_rank(asked)  # on all ranks at once
 
-        # Save, look, log
+        # Log, save, look
+        if step % args.log_every == 0 or step == total:
+            means = mean_over_ranks(history, run, step)  # the one device sync, before the clock is read
+            record(run, stage=2, step=step, total=total, **means, lr=lr,
+                   **speed(since, step, total, args.batch, flops))
+            since = step, time.time()
         if step % args.save_every == 0 or step == total or stop:
-            pause = wait_for(device)
             save(run / "dit.pt", parts=parts, step=step)  # first: a stopped run has seconds
             if rank == 0 and not stop:
                 pictures = samples(ema.module, rae, alpha, columns)
                 save_picture(pictures, run / f"samples/{step:07d}.png", nrow=10)
-            logged_at += time.time() - pause
+            since = step, time.time()
         if args.keep_every and step % max(1, round(args.keep_every * epoch)) == 0:
-            pause = wait_for(device)
             save(run / f"dit_{step:07d}.pt", parts=dict(ema=ema.module), step=step)
-            logged_at += time.time() - pause
-        if step % args.log_every == 0 or step == total:
-            means = mean_over_ranks(history, run, step)  # the one device sync, before the clock is read
-            rate = (step - logged_step) / (time.time() - logged_at)
-            record(run, stage=2, step=step, total=total, **means, lr=lr, images_per_s=rate * args.batch,
-                   tflops=rate * args.batch * 3 * flops / 1e12,  # backward: 2 forward
-                   eta=(total - step) / rate)
-            logged_step = step
-            logged_at = time.time()
+            since = step, time.time()
         if held_out and step % args.eval_every == 0 and not stop:
-            pause = wait_for(device)
             found = evaluate_dit(ema.module, rae, held_out, alpha, device, unconditional, args.workers,
                                  text=text)
             record(run, stage=2, step=step, **found)
-            logged_at += time.time() - pause
+            since = step, time.time()
     if stop:
         return say(f"stopped; {run}/dit.pt is at step {step}, and the same command goes on")
     say(f"wrote {run}/dit.pt and {run}/samples. Next: {command('sample.py', '--run', run)}")
