@@ -86,7 +86,7 @@ def generate(model, rae, y, keys, alpha, steps=50, scale=1.0, weak=None, interva
 
 # Labels and captions
 
-def balanced_label(seed, index, num_classes):
+def balanced_labels(seed, index, num_classes):
     """Labels (B,) of image indices (B,): each block of num_classes indices is a shuffle of all
     classes, drawn from (seed, block); so the set is balanced and shuffled, also if cut."""
     def shuffle(block):
@@ -229,8 +229,8 @@ def main():
     columns = indices % len(names)
     if args.npz and model.classes and not args.classes:
         y = torch.arange(len(model.classes))
-        columns = balanced_label(args.seed, indices, len(y))  # of ImageNet 50 of each class
-    keys = mix(args.seed, 0, indices)  # 0: for noise; balanced_label has 1
+        columns = balanced_labels(args.seed, indices, len(y))  # of ImageNet 50 of each class
+    keys = mix(args.seed, 0, indices)  # 0: for noise; balanced_labels has 1
 
     # Noise -> latents -> pixels, rounded to 8 bits; every rank draws a stretch of the indices
     begun = time.time()

@@ -1,13 +1,14 @@
 """Stage 1: train the ViT decoder that inverts a frozen encoder: together, an autoencoder (RAE).
 
-    loss = L1(xh, x) + w_L LPIPS(xh, x) + w_G lambda GAN(xh),   xh = decode(encode(x) + noise)
+    copy = decode(encode(image) + noise)
+    loss = L1(copy, image) + w_L LPIPS(copy, image) + w_G lambda GAN(copy)
 
     python train_decoder.py --encoder tiny                               # shapes, on a laptop
     torchrun --nproc_per_node=8 -- train_decoder.py --encoder dinov2_b   # the paper's
 
 First the exact statistics of the latents, then the decoder. The same command again resumes. The
 run's folder gets rae.pt, log.jsonl, samples/*.png (originals, copies, copies of noisy latents).
-x images, xh reconstructions, z latents (B,N,D). Source: arXiv 2510.11690, section 3, appendix.
+Copies are reconstructions of images; z: latents (B,N,D). Source: arXiv 2510.11690, section 3, appendix.
 """
 import argparse
 import math
@@ -389,7 +390,7 @@ def save_rae(path, rae, keep_encoder, parts, **state):
                         **state, **parts)
 
 
-def look(run, rae, decoder, held_out, examples, perceptual, step, workers):
+def score_and_draw(run, rae, decoder, held_out, examples, perceptual, step, workers):
     """Evaluate on held-out images, if there are any, and draw the examples. Call it on all ranks."""
     if held_out:
         found = evaluate_decoder(rae, decoder, held_out, perceptual, examples.device, workers)
@@ -506,7 +507,7 @@ def main():
         step += 1
         stop = any_rank(asked)  # on all ranks at once
 
-        # ---- log, save, look ----
+        # ---- log, save, score ----
         if step % args.log_every == 0 or step == total:
             means = mean_over_ranks(history, run, step)  # the one device sync, before the clock is read
             record(run, stage=1, step=step, total=total, **means, lr=lr,
@@ -515,7 +516,7 @@ def main():
         if step % args.save_every == 0 or step == total or stop:
             save(run / "rae.pt", step=step, parts=parts)  # first: a stopped run has seconds
             if not stop:
-                look(run, rae, ema.module, held_out, examples, perceptual, step, args.workers)
+                score_and_draw(run, rae, ema.module, held_out, examples, perceptual, step, args.workers)
             since = step, time.time()
         if args.keep_every and step % max(1, round(args.keep_every * epoch)) == 0:
             save(run / f"rae_{step:07d}.pt", step=step, parts=dict(ema=ema.module))

@@ -4,9 +4,10 @@ encoders that see no label, `tiny_ssl` and the baseline `tiny_vae`.
     python assets/make_demo.py                      # everything, 80 minutes of one core
     python assets/make_demo.py --only tiny_ssl      # one encoder
     python assets/make_demo.py --check              # the bundled demo's figures, some minutes
+    python assets/make_demo.py --check assets/demo/text.pt    # the bundled text model's
     python assets/make_demo.py --check out/tiny     # those of any run on shapes
 
-Writes assets/{tiny,tiny_ssl,tiny_vae}.pt and assets/demo/{rae,dit,weak}.pt: averaged weights only, in half
+Writes assets/{tiny,tiny_ssl,tiny_vae}.pt and assets/demo/{rae,dit,weak,text}.pt: averaged weights only, in half
 precision. `tiny` learns from labels: its tokens say what is in the picture and keep what it looks like.
 `tiny_ssl` is to `shapes` what the paper's MAE is to photographs, `tiny_vae` what Stable Diffusion's VAE is.
 """
@@ -36,6 +37,7 @@ COMMANDS = [
     "train_dit.py --rae out/demo/rae.pt --run out/weak --width 96 --depth 3 --heads 3 --head 96"
     " --head-heads 3 --batch 128 --epochs 3 --decay-end 3 --ema 0.995",
     "train_dit.py --run out/demo --batch 128 --epochs 14 --decay-end 14 --ema 0.998",
+    "train_dit.py --rae out/demo/rae.pt --run out/text --text words --time uniform --epochs 5 --decay-end 5 --seed 1",
 ]
 SHAPES = Shapes()
 README_NUM = 2000       # samples that the README's figures are of
@@ -476,6 +478,7 @@ def main():
     pack("out/demo/rae.pt", "rae.pt", "config", "mean", "var", encoder=None)
     pack("out/demo/dit.pt", "dit.pt", "config", "alpha", "classes")
     pack("out/weak/dit.pt", "weak.pt", "config", "alpha", "classes")
+    pack("out/text/dit.pt", "text.pt", "config", "alpha", "classes", "captions")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torchvision.transforms.functional import to_pil_image
 import sample
 from rae import RAE, load_rae, mix, normals
 from assets.probe import best_of, fit_latent_probe, fit_probe
-from sample import balanced_label, generate, guided, pick_classes
+from sample import balanced_labels, generate, guided, pick_classes
 from train_dit import DiT, euler, load_dit, sample_times
 
 CPU = torch.device("cpu")
@@ -117,10 +117,10 @@ def test_the_best_of_n_is_the_likeliest_latent_and_n_nests():
 
 
 def test_npz_labels_are_balanced_shuffled_and_independent_of_their_number():
-    labels = balanced_label(0, torch.arange(100), 10)
+    labels = balanced_labels(0, torch.arange(100), 10)
     assert labels.bincount().tolist() == [10] * 10 and labels[:10].sort().values.tolist() == list(range(10))
-    assert torch.equal(balanced_label(0, torch.tensor([37, 5]), 10), labels[[37, 5]])
-    assert not torch.equal(balanced_label(1, torch.arange(100), 10), labels)
+    assert torch.equal(balanced_labels(0, torch.tensor([37, 5]), 10), labels[[37, 5]])
+    assert not torch.equal(balanced_labels(1, torch.arange(100), 10), labels)
     assert not torch.equal(labels[:10], labels[10:20])
 
 
@@ -241,7 +241,7 @@ def check_pixels(pixels, images):
 def test_an_archive_holds_the_rounded_samples_of_balanced_labels(made, tmp_path, monkeypatch):
     folder, model, _, decoded = made
     run(monkeypatch, folder, "--npz", tmp_path / "s.npz", "--num", 11, "--batch", 4, "--seed", 5)
-    labels = balanced_label(5, torch.arange(11), 3)
+    labels = balanced_labels(5, torch.arange(11), 3)
     with np.load(tmp_path / "s.npz") as archive:
         pixels, found = archive["arr_0"], archive["labels"]
     assert found.tolist() == labels.tolist() and pixels.shape == (11, 32, 32, 3) and pixels.dtype == np.uint8
@@ -306,7 +306,7 @@ def test_a_checkpoint_brings_its_guide_and_scale_along_unless_one_is_given(made,
     folder, model, weak, decoded = made
     state = torch.load(folder / "dit.pt", weights_only=True)
     torch.save(dict(state, guide="weak.pt", scale=1.3), folder / "guided.pt")
-    labels, keys = balanced_label(0, torch.arange(4), 3), mix(0, 0, torch.arange(4))
+    labels, keys = balanced_labels(0, torch.arange(4), 3), mix(0, 0, torch.arange(4))
     for flags, scale in (((), 1.3), (("--scale", 1), 1)):
         run(monkeypatch, folder / "guided.pt", "--npz", tmp_path / "s.npz", "--num", 4, *flags)
         strong = at(model, labels)
@@ -320,7 +320,7 @@ def test_a_scale_alone_changes_no_kind_of_guidance(made, tmp_path, monkeypatch):
     folder, model, weak, decoded = made
     state = torch.load(folder / "dit.pt", weights_only=True)
     torch.save(dict(state, guide="weak.pt", scale=1.3), folder / "guided.pt")
-    labels, keys = balanced_label(0, torch.arange(4), 3), mix(0, 0, torch.arange(4))
+    labels, keys = balanced_labels(0, torch.arange(4), 3), mix(0, 0, torch.arange(4))
     strong, null = at(model, labels), at(model, torch.full((4,), 3))
     for flags, other, scale in ((("--scale", 1.6), at(weak, labels), 1.6), (("--guide", "none", "--scale", 1.6), null, 1.6),
                                 (("--guide", "none"), strong, 1)):

@@ -414,9 +414,8 @@ def test_a_prompt_for_a_class_model_is_refused(tmp_path):
         inside("sample.py", "--run", RAE, "--prompt", "a star", cwd=tmp_path)
 
 
-def test_a_prompt_takes_the_newest_run_with_captions(trained, tmp_path):
-    with pytest.raises(UserError, match="train_dit.py --text words"):
-        inside("sample.py", "--prompt", "a ring", cwd=tmp_path)
+def test_a_prompt_takes_the_newest_run_with_captions_else_the_demo(trained, tmp_path):
+    assert "assets/demo/text.pt" in inside("sample.py", "--prompt", "a ring", "--steps", 2, cwd=tmp_path)
     for name, source in (("text", trained), ("classes", RAE)):
         (tmp_path / "out" / name).mkdir(parents=True)
         shutil.copy(source / "dit.pt", tmp_path / "out" / name)
