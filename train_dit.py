@@ -639,10 +639,13 @@ def linear_lr(step, epoch, args):
 # Training
 
 def find_autoencoder(args):
-    """(path of the autoencoder, run folder); folder None: main takes out/ENCODER."""
+    """(path of the autoencoder, run folder); folder None: main takes out/ENCODER. Errors: a run
+    without autoencoder, and none named."""
     run = Path(args.run) if args.run else None
     if args.rae:
         return args.rae, run
+    if run and not (run / "rae.pt").exists():
+        raise UserError(f"{run} has no rae.pt: name an autoencoder, --rae out/ENCODER or assets/demo")
     if run:
         return run / "rae.pt", run
     path = newest_run("rae.pt")  # of out/, or the demo's

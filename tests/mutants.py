@@ -661,6 +661,7 @@ MUTANTS = [
     ("train_dit.py",
      'model.empty_caption = text([""])\n    return text',
      'model.empty_caption = text(["a"])\n    return text', TEXT + " -k guidance"),
+    ("train_dit.py", 'if run and not (run / "rae.pt").exists():', "if False:", SCRIPTS + " -k without_one"),
     ("rae.py",
      'for run in runs if read_weights(run).get("captions")]',
      "for run in runs]", TEXT + " -k newest_run_with"),

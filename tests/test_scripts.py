@@ -345,7 +345,7 @@ CASES = {  # name: (command, the sentence); words in capitals are places that `b
     "no network": ("train_decoder.py --encoder mae_b --data PHOTOS --lpips-weight 0 --gan-weight 0",
                    "model.safetensors of timm/vit_base_patch16_224.mae .*--encoder-weights"),
     "no checkpoint": ("train_dit.py --run OTHER --rae notes.pt", "notes.pt is cut short or damaged, or holds more"),
-    "a run without one": ("train_dit.py --run nothing", "nothing/rae.pt: no such file"),
+    "a run without one": ("train_dit.py --run nothing", "nothing has no rae.pt: name an autoencoder, --rae"),
     "sampling without one": ("sample.py --run nothing", "dit.pt: no such file"),
     "other settings": ("train_dit.py --run OTHER DIT --data PHOTOS --head 0", "head was 96, is 0"),
     "heads that do not divide": ("train_dit.py --rae OTHER --run new --width 100 --depth 1 --heads 3"
