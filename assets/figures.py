@@ -268,7 +268,7 @@ NEVER_TRAINED = (
     "a large blue plus at the left on dark lime", "a small pink crescent at the right on dark cyan")
 
 
-def text(run="out/text", num=200):
+def text(run="assets/demo/text.pt", num=200):
     """A text model of shapes: obedience by scale, and prompts from the same noise, a row each."""
     torch.set_grad_enabled(False)
     model, rae, encode = text_model(ROOT / run)

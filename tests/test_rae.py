@@ -679,6 +679,15 @@ def test_a_checkpoint_is_replaced_whole(tmp_path):
     assert [path.name for path in (tmp_path / "x").iterdir()] == ["a.pt"]
 
 
+def test_a_checkpoint_is_whole_and_on_the_disk_before_the_old_one_goes(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(os, "fsync", lambda number: done.append(os.fstat(number).st_size))
+    monkeypatch.setattr(os, "replace", lambda old, new: done.append("replace"))
+    monkeypatch.setattr(Path, "unlink", lambda path: done.append(path.stat().st_size))
+    save_checkpoint(tmp_path / "a.pt", weight=torch.zeros(1001))
+    assert done[1] == "replace" and done[0] == done[2] > 4004
+
+
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "a.pt", step=1)
     (tmp_path / "file").write_text("")
