@@ -679,7 +679,7 @@ def open_captions(args, dataset, device):
     return text, dict(text.source, examples=examples)
 
 
-def columns_of(model, text, captions, unconditional):
+def picture_columns(model, text, captions, unconditional):
     """What the pictures' ten columns show: examples of captions, or classes far apart."""
     if text:
         model.empty_caption = text([""])
@@ -758,7 +758,7 @@ def main():
     # The model, the average of its weights, the optimiser: new, or as an earlier start left them
     torch.manual_seed(args.seed)  # of the weights
     model = DiT(**config).to(device)
-    columns = columns_of(model, text, captions, unconditional)
+    columns = picture_columns(model, text, captions, unconditional)
     if args.init and not saved:
         load_strict(model, initial_weights(args, model), f"--init {args.init}")
     ema = ModelEmaV3(model, decay=args.ema)

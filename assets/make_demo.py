@@ -1,7 +1,7 @@
 """Makes the bundled demo from nothing, and judges it: `tiny`, its decoder, a DiT^DH and a weak one; and two
 encoders that see no label, `tiny_ssl` and the baseline `tiny_vae`.
 
-    python assets/make_demo.py                      # everything, 80 minutes of one core
+    python assets/make_demo.py                      # everything, 110 minutes of one core
     python assets/make_demo.py --only tiny_ssl      # one encoder
     python assets/make_demo.py --check              # the bundled demo's figures, some minutes
     python assets/make_demo.py --check assets/demo/text.pt    # the bundled text model's
