@@ -336,15 +336,15 @@ def paint(*paths):
 
 
 def test_what_systems_leave_in_folders_is_no_data(tmp_path, capsys):
-    paint(*(tmp_path / f"{name}/{i}.jpg" for name in ("cat", "dog") for i in range(3)))
+    paint(*(tmp_path / f"{name}/{i}.jpg" for name in ("cat", "dog") for i in (7, 1, 4, 0, 9, 2, 5, 8, 3, 6)))
     paint(tmp_path / ".ipynb_checkpoints/0-checkpoint.jpg", tmp_path / "@eaDir/0.jpg", tmp_path / "__MACOSX/cat/0.jpg",
           tmp_path / "cat/.ipynb_checkpoints/0-checkpoint.jpg", tmp_path / "cat/@eaDir/0.jpg")
     (tmp_path / "cat/._0.jpg").write_bytes(b"of a Mac")
     (tmp_path / "dog/.DS_Store").write_bytes(b"")
     data = Folder(tmp_path, 8)
-    assert data.classes == ["cat", "dog"] and len(data) == 6 and capsys.readouterr().out == ""
-    assert len(Folder(tmp_path, None)) == 6                                   # for metrics as well
-    assert [Path(path).name for path, _ in data.samples] == ["0.jpg", "1.jpg", "2.jpg"] * 2
+    assert data.classes == ["cat", "dog"] and len(data) == 20 and capsys.readouterr().out == ""
+    assert len(Folder(tmp_path, None)) == 20                                  # for metrics as well
+    assert [Path(path).name for path, _ in data.samples] == [f"{i}.jpg" for i in range(10)] * 2
 
 
 def test_files_that_are_not_read_are_counted_by_kind(tmp_path, capsys):
@@ -771,6 +771,7 @@ def test_the_newest_run_is_found_else_the_demo(tmp_path, monkeypatch):
 def test_the_script_draws_originals_above_reconstructions(tmp_path, monkeypatch, capsys):
     save(tmp_path / "rae.pt")
     images, _ = Shapes(32).render(torch.arange(2))
+    images[1] = 255                                                     # much farther from its copy
     for name, image in zip("ab", images):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{name}.png")
     out = tmp_path / "new/picture.png"
