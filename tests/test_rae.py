@@ -474,14 +474,35 @@ def test_loaders_take_this_ranks_share_of_the_cores_it_may_use(photos, monkeypat
     assert worker_count(data) == 8
 
 
-def test_loader_processes_leave_signals_to_the_main_one():
+@pytest.fixture
+def signals():
+    """Puts the handlers of STOPS back."""
     before = {number: signal.getsignal(number) for number in module.STOPS}
-    try:
-        start_worker(0)
-        assert {signal.getsignal(number) for number in before} == {signal.SIG_IGN}
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_loader_processes_leave_signals_to_the_main_one_and_print_any_name(signals, monkeypatch):
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, "ascii"))
+    start_worker(0)
+    assert {signal.getsignal(number) for number in module.STOPS} == {signal.SIG_IGN}
+    print("caf\udce9", flush=True)
+    assert printed.getvalue() == b"caf\\udce9\n"
+
+
+@pytest.mark.parametrize("launcher", [False, True])
+def test_the_second_signal_ends_a_lone_process_and_no_rank(launcher, signals, monkeypatch):
+    for name in ("RANK", "TORCHELASTIC_RUN_ID") if launcher else ():
+        monkeypatch.setenv(name, "1")
+    flag = module.stop_signal()
+    handlers = {number: signal.getsignal(number) for number in module.STOPS}
+    for number in handlers:
+        flag.zero_()
+        os.kill(os.getpid(), number)
+        assert flag == 1
+        assert signal.getsignal(number) == (handlers[number] if launcher else signal.SIG_DFL)
 
 
 @pytest.mark.parametrize("world, accum", [(1, 1), (2, 1), (1, 3), (3, 2)])
