@@ -1248,9 +1248,10 @@ def save_checkpoint(path, **state):
             temporary.unlink()
 
 
-def absolute_path(data):
-    """A data set's name that holds in every working directory."""
-    return data if data == "shapes" else str(Path(data).resolve())
+def absolute_path(name):
+    """The name of a data set or run that holds in every working directory: shapes and release:NAME do."""
+    name = str(name)
+    return name if name == "shapes" or name.startswith("release:") else str(Path(name).resolve())
 
 
 def save_picture(images, path, nrow):

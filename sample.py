@@ -280,6 +280,8 @@ def next_step(args, rae):
     if args.run or list(Path("out").glob("*/dit.pt")):
         run = ("--run", args.run) if args.run else ()
         return command("sample.py", *run, "--npz", "samples.npz", "--num", "1000")
+    if args.prompt:
+        return command("train_dit.py", "--rae", "assets/demo", "--run", "out/text", "--text", "words")
     return command("train_decoder.py", "--encoder", "tiny")
 
 

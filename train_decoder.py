@@ -340,15 +340,15 @@ def cosine_lr(step, peak, warmup, length):
 
 # Training
 
-def load_frozen(args, rae, dataset, held_out, saved, disc_begins, device):
+def load_frozen(args, rae, dataset, held_out, saved, with_disc, device):
     """Load the RAE's encoder, try to read the images, and set the statistics of the latents: the
     checkpoint's, or measured now. Returns (LPIPS or None, discriminator or None, whether rae.pt keeps
     the encoder)."""
-    weights = saved["encoder"] if saved else args.encoder_weights
+    weights = saved["encoder"] if saved else args.encoder_weights  # a run keeps its encoder
     rae.load_encoder(weights)
     perceptual = load_lpips(device, args.lpips_vgg) if args.lpips_weight else None
     disc = None
-    if args.gan_weight and disc_begins:
+    if with_disc:
         disc = Discriminator(args.disc, args.disc_weights).to(device)
     try_to_read(dataset, held_out, workers=args.workers)
     if saved:
@@ -362,7 +362,7 @@ def load_frozen(args, rae, dataset, held_out, saved, disc_begins, device):
     return perceptual, disc, keep_encoder
 
 
-def trained_parts(args, decoder, disc, disc_has_begun, saved):
+def trained_parts(args, decoder, disc, disc_was_trained, saved):
     """{name: module or optimiser} of what is trained, and the average of the decoder's weights (ema):
     new, or as an earlier start left them."""
     if args.init and not saved:
@@ -374,10 +374,10 @@ def trained_parts(args, decoder, disc, disc_has_begun, saved):
         parts |= dict(disc=disc.heads, disc_optimizer=adamw(disc.heads.parameters()))
     ema = ModelEmaV3(decoder, decay=args.ema)
     parts["ema"] = ema.module
-    if saved and disc_has_begun and not saved.get("disc"):
+    if saved and disc_was_trained and not saved.get("disc"):
         raise UserError("the run went on without discriminator: resume with --gan-weight 0")
     if saved:
-        restore(parts, saved)  # a discriminator that had not begun is not in the file
+        restore(parts, saved)  # a run meant to end before --disc-start has none in its file: it is new
     return parts, ema
 
 
@@ -429,14 +429,14 @@ def main():
 
     # Frozen networks and latent statistics
     centred = centre_crops(dataset)
-    perceptual, disc, keeps = load_frozen(args, rae, centred, held_out, saved, disc_begin < total, device)
+    with_disc = args.gan_weight > 0 and disc_begin < total
+    perceptual, disc, keeps = load_frozen(args, rae, centred, held_out, saved, with_disc, device)
     save = partial(save_rae, rae=rae, keep_encoder=keeps, fixed=fixed, data=data)
     if not rae.spec.timm:
         save(run / "rae.pt", step=0, parts=dict(model=decoder, ema=decoder))
         return say(f"wrote {run}/rae.pt, pixels need no decoder."
                    f" Next: {command('train_dit.py', '--run', run)}")
 
-    # What is trained, and the average of the weights
     parts, ema = trained_parts(args, decoder, disc, disc and step > disc_begin, saved)
     if not saved:
         save(run / "rae.pt", step=step, parts=parts)  # the statistics, which take long

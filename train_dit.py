@@ -607,8 +607,8 @@ def flags():
 
 
 def parse_args(argv=None, encoder=None):
-    """The flags; encoder: the autoencoder's, whose recipe gives those that are not given. Some follow
-    from the width and the head."""
+    """The flags. What is not given comes from the recipe of the autoencoder's encoder (None: not yet
+    known, the paper's), or follows from --width and --head."""
     parser = flags()
     parser.set_defaults(**RECIPES["tiny" if str(encoder).startswith("tiny") else "paper"])
     args = parser.parse_args(argv)
@@ -671,7 +671,8 @@ def open_sets(args, rae, rae_path):
 
 
 def open_captions(args, dataset, device):
-    """What encodes captions, and what dit.pt keeps of them, with ten examples; None of a class model."""
+    """(text model, what dit.pt keeps of it: its source, and captions for pictures); of a class model
+    (None, None)."""
     if not args.text:
         return None, None
     text = open_text(args.text, args.text_length, device, vocabulary_of(dataset, args))
@@ -680,10 +681,9 @@ def open_captions(args, dataset, device):
 
 
 def picture_columns(model, text, captions, unconditional):
-    """What the pictures' ten columns show: examples of captions, or classes far apart."""
+    """What the pictures' columns show, at most ten: examples of captions, or classes far apart."""
     if text:
-        model.empty_caption = text([""])
-        return text(captions["examples"])
+        return text([""] if unconditional else captions["examples"])
     classes = model.num_classes
     columns = torch.arange(10) * max(1, classes // 10) % classes
     return torch.full_like(columns, classes) if unconditional else columns
@@ -723,7 +723,7 @@ def save_dit(path, parts, **state):
 
 
 def main():
-    args = parse_args()
+    args = parse_args()  # for --rae and --run: what the recipe is, the autoencoder decides
     device, rank, world = start()
 
     # The autoencoder: it decides the recipe, the latents' shape and the data
@@ -758,6 +758,7 @@ def main():
     # The model, the average of its weights, the optimiser: new, or as an earlier start left them
     torch.manual_seed(args.seed)  # of the weights
     model = DiT(**config).to(device)
+    model.empty_caption = text([""]) if text else None  # label dropout and guidance need it
     columns = picture_columns(model, text, captions, unconditional)
     if args.init and not saved:
         load_strict(model, initial_weights(args, model), f"--init {args.init}")
@@ -825,7 +826,7 @@ def main():
             save(run / "dit.pt", parts=parts, step=step)  # first: a stopped run has seconds
             if rank == 0 and not stop:
                 pictures = samples(ema.module, rae, alpha, columns)
-                save_picture(pictures, run / f"samples/{step:07d}.png", nrow=10)
+                save_picture(pictures, run / f"samples/{step:07d}.png", nrow=len(columns))
             since = step, time.time()
         if args.keep_every and step % max(1, round(args.keep_every * epoch)) == 0:
             save(run / f"dit_{step:07d}.pt", parts=dict(ema=ema.module), step=step)

@@ -491,6 +491,13 @@ def test_ranks_that_find_different_checkpoints_say_so(trained, tmp_path, photos)
     assert "rae.py\", line" not in text and time.time() - begun < 90           # no traceback of ours
 
 
+def test_a_dit_on_a_released_autoencoder_finds_it_again(tmp_path, photos):
+    (tmp_path / "out/release/dinov2_b").mkdir(parents=True)                   # as if it had been fetched
+    shutil.copy(ROOT / "assets/demo/rae.pt", tmp_path / "out/release/dinov2_b")
+    inside("train_dit.py", *DIT, "--rae", "release:dinov2_b", "--data", photos, "--run", "run", "--steps", 1, cwd=tmp_path)
+    assert "with release:dinov2_b" in inside("sample.py", "--run", "run", "--num", 2, "--steps", 2, cwd=tmp_path)
+
+
 def test_a_run_that_was_moved_finds_the_autoencoder_in_its_folder(trained, tmp_path, photos):
     (tmp_path / "a").mkdir()
     shutil.copy(trained / "out/tiny/rae.pt", tmp_path / "a")

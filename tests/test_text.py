@@ -145,7 +145,7 @@ def test_three_photographs_are_enough_to_draw_examples(tmp_path):
         photograph(tmp_path / f"data/{i}.jpg", b"a photograph")
     flags = ("--rae", RAE, "--data", "data", "--text", "words", "--run", "run", "--batch", 2, "--steps", 1)
     inside("train_dit.py", *DIT, *flags, cwd=tmp_path)
-    assert Image.open(next((tmp_path / "run/samples").glob("*.png"))).width > 300
+    assert Image.open(next((tmp_path / "run/samples").glob("*.png"))).width == 3 * 98 + 2
 
 
 def test_a_folder_without_captions_is_refused(tmp_path):
@@ -324,6 +324,17 @@ def test_the_first_step_is_the_loss_of_captions_and_images_by_hand(trained):
     y = Words(saved["captions"]["vocabulary"], 77)(captions)
     v = model((1 - t) * z + t * eps, t.flatten(), y)
     assert losses(trained, 2)[0] == pytest.approx((v - (eps - z)).square().mean().item(), rel=1e-4)
+
+
+def test_dropped_captions_are_the_empty_one_in_training_too(tmp_path, monkeypatch):
+    seen = []
+
+    def loss(model, *args):
+        seen.append(model.module.empty_caption.tolist())
+        return flow_matching_loss(model, *args)
+    monkeypatch.setattr("train_dit.flow_matching_loss", loss)
+    inside("train_dit.py", *DIT, "--rae", RAE, "--text", "words", "--run", "run", "--steps", 1, cwd=tmp_path)
+    assert seen == [[[0]]]
 
 
 def test_what_a_prompt_needs_is_in_the_checkpoint(trained):
