@@ -281,7 +281,8 @@ def next_step(args, rae):
         run = ("--run", args.run) if args.run else ()
         return command("sample.py", *run, "--npz", "samples.npz", "--num", "1000")
     if args.prompt:
-        return command("train_dit.py", "--rae", "assets/demo", "--run", "out/text", "--text", "words")
+        return command("train_dit.py", "--rae", "assets/demo", "--run", "out/text", "--text", "words",
+                       "--time", "uniform")
     return command("train_decoder.py", "--encoder", "tiny")
 
 
