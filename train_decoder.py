@@ -260,7 +260,7 @@ RECIPES = {  # of an encoder: the paper's (section 3, appendix), and one for a l
         image_size=32, decoder="tiny",
         tau=0.5,
         lpips_weight=0.0, gan_weight=0.0,
-        disc="tiny", disc_start=1, gan_start=2,
+        disc="tiny", disc_start=0.5, gan_start=1,
         batch=64, micro=64, epochs=2, lr=6e-3, warmup=0.1,
         ema=0.99, save_every=500),
 }
@@ -269,6 +269,7 @@ RECIPES = {  # of an encoder: the paper's (section 3, appendix), and one for a l
 def flags():
     """One line a flag. A flag without default has its recipe's."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0],
+                                     epilog="defaults: the paper's; tiny encoders have others, see RECIPES",
                                      formatter_class=HelpFormatter)
     add = parser.add_argument
     count = at_least(1)

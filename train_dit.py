@@ -541,13 +541,13 @@ RECIPES = {  # of an autoencoder: the paper's (sections 4, 5), and one for a lap
         width=1152, head=2048, head_depth=2, head_heads=16,          # DiT^DH-XL
         shift_base=4096, time="logit-normal", label_dropout=0.1,
         batch=1024, micro=64, epochs=80, lr=2e-4, warmup=0,          # AdamW
-        decay_start=None, decay_end=800, clip=None, ema=None,        # None: parse_args decides, by the head
+        decay_start=None, decay_end=800, clip=None, ema=None,        # None: parse_args decides
         save_every=5000),
     "tiny": dict(
         width=192, head=256, head_depth=2, head_heads=8,
         shift_base=170, time="logit-normal", label_dropout=0.1,
         batch=64, micro=64, epochs=2.5, lr=3e-3, warmup=0.25,
-        decay_start=0.25, decay_end=2.5, clip=None, ema=0.99,
+        decay_start=0.25, decay_end=None, clip=None, ema=0.99,
         save_every=500),
 }
 
@@ -555,6 +555,7 @@ RECIPES = {  # of an autoencoder: the paper's (sections 4, 5), and one for a lap
 def flags():
     """One line a flag. A flag without default has its recipe's."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0],
+                                     epilog="defaults: the paper's; tiny encoders have others, see RECIPES",
                                      formatter_class=HelpFormatter)
     add = parser.add_argument
     count = at_least(1)
@@ -590,7 +591,8 @@ def flags():
     add("--warmup", type=amount, help="epochs of linear warm-up")
     add("--decay-start", type=amount,
         help="epoch where the lr begins to fall; by default 40, never without a head")
-    add("--decay-end", type=amount, help="epoch where the lr has reached a tenth, linearly")
+    add("--decay-end", type=amount,
+        help="epoch where the lr has reached a tenth, linearly; tiny encoders: by default the last")
     add("--clip", type=amount, help="largest gradient norm, 0: no clipping; by default 1 with a head, else 0")
     add("--ema", type=at_least(0, float, 1),
         help="decay of the average of the weights; by default .9995, without a head .9999")
@@ -608,16 +610,18 @@ def flags():
 
 def parse_args(argv=None, encoder=None):
     """The flags. What is not given comes from the recipe of the autoencoder's encoder (None: not yet
-    known, the paper's), or follows from --width and --head."""
+    known, the paper's), or follows from --width, --head and --epochs."""
     parser = flags()
     parser.set_defaults(**RECIPES["tiny" if str(encoder).startswith("tiny") else "paper"])
     args = parser.parse_args(argv)
     depth, heads = SIZES.get(args.width, (None, None))  # S, B, L, XL
-    by_size = dict(depth=depth, heads=heads, ema=0.9995 if args.head else 0.9999,
+    follows = dict(depth=depth, heads=heads, ema=0.9995 if args.head else 0.9999,
                    clip=1.0 if args.head else 0.0, decay_start=40 if args.head else math.inf)
-    for name, value in by_size.items():
+    for name, value in follows.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.decay_end is None:
+        args.decay_end = max(args.epochs, args.decay_start)
     if not args.depth or not args.heads:
         raise UserError(f"--width {args.width} is no preset ({', '.join(map(str, SIZES))}):"
                         " give --depth and --heads")

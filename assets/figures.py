@@ -198,7 +198,7 @@ class Score:
 
 def stage2(num=1000):
     """The DiTs; then tau: the same DiT with other decoders."""
-    base = "train_dit.py --rae assets/demo/rae.pt --epochs 3 --decay-end 3 --ema 0.9975"
+    base = "train_dit.py --rae assets/demo/rae.pt --epochs 3 --ema 0.9975"
     runs = {name: run(name, *base.split(), *flags.split()) for name, flags in STAGE2.items()}
     score = Score(num)
     pictures = []
@@ -455,7 +455,7 @@ PHOTOGRAPHS = {  # latents: (encoder, how it is pretrained, steps of 128: as man
     "pixels": ("tiny_pixel", None, 0),
 }
 PHOTO_MARKS = (1000, 2000, 4000, 8000)
-PHOTO_DIT = "--epochs 10.45 --decay-end 10.45 --ema 0.999"  # 8,000 steps of 64
+PHOTO_DIT = "--epochs 10.45 --ema 0.999"  # 8,000 steps of 64
 PHOTO_NARROW = {  # backbones below the 192 channels of a patch, and below the 96 of a token of RAE
     "pixels": {"DiT": "--width 128 --depth 12 --heads 4 --head 0",
                "DiT^DH": "--width 128 --depth 4 --heads 4"},

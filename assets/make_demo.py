@@ -35,9 +35,9 @@ from train_dit import load_dit, load_text                                       
 COMMANDS = [
     "train_decoder.py --encoder tiny --run out/demo --lr 3e-3 --epochs 5",
     "train_dit.py --rae out/demo/rae.pt --run out/weak --width 96 --depth 3 --heads 3 --head 96"
-    " --head-heads 3 --batch 128 --epochs 3 --decay-end 3 --ema 0.995",
-    "train_dit.py --run out/demo --batch 128 --epochs 14 --decay-end 14 --ema 0.998",
-    "train_dit.py --rae out/demo/rae.pt --run out/text --text words --time uniform --epochs 5 --decay-end 5 --seed 1",
+    " --head-heads 3 --batch 128 --epochs 3 --ema 0.995",
+    "train_dit.py --run out/demo --batch 128 --epochs 14 --ema 0.998",
+    "train_dit.py --rae out/demo/rae.pt --run out/text --text words --time uniform --epochs 5 --seed 1",
 ]
 SHAPES = Shapes()
 README_NUM = 2000       # samples that the README's figures are of

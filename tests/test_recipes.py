@@ -23,8 +23,8 @@ PAPER_1 = STAGE_1 | dict(
     image_size=256, decoder="XL", tau=0.8, lpips_weight=1.0, gan_weight=0.75, disc="dino", disc_start=6, gan_start=8,
     batch=512, epochs=16, lr=2e-4, warmup=1, ema=0.9978, save_every=2500)
 TINY_1 = STAGE_1 | dict(
-    encoder="tiny", image_size=32, decoder="tiny", tau=0.5, lpips_weight=0.0, gan_weight=0.0, disc="tiny", disc_start=1,
-    gan_start=2, batch=64, epochs=2, lr=6e-3, warmup=0.1, ema=0.99, save_every=500)
+    encoder="tiny", image_size=32, decoder="tiny", tau=0.5, lpips_weight=0.0, gan_weight=0.0, disc="tiny", disc_start=0.5,
+    gan_start=1, batch=64, epochs=2, lr=6e-3, warmup=0.1, ema=0.99, save_every=500)
 STAGE_2 = RUN | dict(
     rae=None, predict="v", base_head=0, text=None, text_length=77, time="logit-normal", no_shift=False, label_dropout=0.1,
     head_depth=2, eval_every=0)
@@ -177,6 +177,14 @@ def test_a_fresh_decoder_and_a_fresh_discriminator_have_torchs_initial_values():
 
 def test_what_stops_a_run():
     assert [number.name for number in STOPS] == ["SIGTERM", "SIGINT", "SIGHUP"]
+
+
+def test_a_laptops_learning_rate_falls_until_its_last_epoch():
+    ends = lambda *flags, encoder="tiny": train_dit.parse_args(flags, encoder).decay_end
+    assert ends("--epochs", "5") == 5
+    assert ends("--epochs", "0.1") == 0.25                                    # where it would begin to fall
+    assert ends("--epochs", "5", "--decay-end", "2") == 2
+    assert ends("--epochs", "20", encoder="dinov2_b") == 800                  # a snapshot of the long schedule
 
 
 def test_a_short_decay_is_a_laptops_and_one_that_runs_backwards_is_refused(tmp_path):
