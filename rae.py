@@ -27,7 +27,7 @@ import sys
 import time
 import warnings
 import zipfile
-from collections import Counter
+from collections import defaultdict
 from contextlib import suppress
 from copy import copy
 from datetime import timedelta
@@ -623,24 +623,23 @@ class Folder(Dataset):
         # The files by class, and what is left out
         labels = {name: label for label, name in enumerate(self.classes)}
         self.samples = []  # [(path, label)]
-        left_out = Counter()
+        left_out = defaultdict(list)  # {kind: files}
         for folder, name in walk(path):
+            file = os.path.join(path, folder, name)
             label = 0 if flat else labels.get(folder.split(os.sep)[0])
             kind = Path(name).suffix.lower()
             if label is None:
-                left_out["beside class folders"] += 1
+                left_out["beside class folders"].append(file)
+            elif is_image(name) and captioned and not text_of(file).exists():
+                left_out["images without a text"].append(file)
             elif is_image(name):
-                self.samples.append((os.path.join(path, folder, name), label))
+                self.samples.append((file, label))
             elif not captioned or kind != ".txt":
-                left_out[kind] += 1
-        if captioned:
-            with_text = [(file, label) for file, label in self.samples if text_of(file).exists()]
-            left_out["images without a text"] += len(self.samples) - len(with_text)
-            self.samples = with_text
-        left_out = +left_out  # those above zero
+                left_out[kind].append(file)
         if left_out:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common(6))
-            say(f"{path}: files that are not read: {kinds}")
+            kinds = sorted(left_out.items(), key=lambda item: -len(item[1]))[:6]
+            kinds = (f"{len(files)} {kind} (such as {files[0]})" for kind, files in kinds)
+            say(f"files that are not read: {', '.join(kinds)}")
 
         # What is no data set, or perhaps another than was meant
         filled = {label for _, label in self.samples}

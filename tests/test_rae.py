@@ -354,7 +354,8 @@ def test_files_that_are_not_read_are_counted_by_kind(tmp_path, capsys):
     (tmp_path / "b/z.heic").write_bytes(b"")
     assert len(Folder(tmp_path, 8)) == 2
     said, = capsys.readouterr().out.splitlines()
-    assert "not read" in said and "60 .gif" in said and "1 .heic" in said and "1 beside class folders" in said
+    assert said == (f"files that are not read: 60 .gif (such as {tmp_path}/a/0.gif), 1 beside class folders"
+                    f" (such as {tmp_path}/loose.jpg), 1 .heic (such as {tmp_path}/b/z.heic)")
 
 
 def test_folders_that_hold_no_data_set_are_refused(tmp_path, photos):
