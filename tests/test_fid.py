@@ -21,7 +21,7 @@ import fid
 from assets import probe
 from assets.shapes import Shapes
 from conftest import ENVIRONMENT, ROOT, as_it_was, inside, launch
-from rae import (RAE, UserError, center_crop, evenly, load_lpips, open_val, psnr, read_image, save_checkpoint,
+from rae import (RAE, UserError, center_crop, download, evenly, load_lpips, open_val, psnr, read_image, save_checkpoint,
                  ssim)
 
 HERE = Path(__file__).parent
@@ -542,6 +542,22 @@ def test_a_file_that_one_rank_cannot_decode_ends_all_ranks(tmp_path):
     assert f'File "{fid.__file__}"' not in text                               # no traceback
 
 
+def test_a_download_is_checked_by_the_digest_that_ends_its_name(monkeypatch, tmp_path):
+    """As `...-2015-12-05-6726825d.pth` has it; of a file of this machine, by its URL."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    torch.save(dict(w=torch.ones(2)), tmp_path / "made.pth")
+    content = (tmp_path / "made.pth").read_bytes()
+    right = tmp_path / f"net-2015-12-05-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    wrong = tmp_path / "net-2015-12-05-00000000.pth"
+    for path in (right, wrong):
+        path.write_bytes(content)
+    assert download(right.as_uri(), "--flag")["w"].tolist() == [1, 1]
+    right.unlink()
+    assert download(right.as_uri(), "--flag")["w"].tolist() == [1, 1]         # from the cache
+    with pytest.raises(UserError, match=f"cannot download {wrong.name} .*name it with --flag"):
+        download(wrong.as_uri(), "--flag")
+
+
 def test_a_download_that_was_cut_short_is_named_in_a_sentence(monkeypatch, tmp_path):
     """In the cache, as a machine that lost its network leaves it: for metrics, and for LPIPS."""
     no_network(monkeypatch, tmp_path)
@@ -654,6 +670,9 @@ def test_saved_statistics_say_what_they_were_made_of(judge, pair, tmp_path):
     np.testing.assert_allclose(saved["sigma"], np.cov(features, rowvar=False), rtol=1e-3, atol=1e-5)
     assert saved["n"] == 150 and saved["features"] == "tiny" and saved["size"].tolist() == [32, 32]
     assert saved["source"] == str(pair[1])
+    assert fid.open_source(str(tmp_path / "new/folder/reference.npz")).size == [32, 32]
+    np.savez(tmp_path / "adm.npz", mu=saved["mu"], sigma=saved["sigma"])
+    assert fid.open_source(str(tmp_path / "adm.npz")).size is None            # ADM's statistics do not say
 
 
 @pytest.mark.parametrize("output", ["fake.npz", "real.npz", "real", "link.npz", "sub/../real.npz"])

@@ -102,6 +102,7 @@ def test_the_schedules_are_the_papers():
     epoch = 1251.2                                                            # steps: of a fraction
     of_stage_1 = [cosine_lr(step, 2e-4, epoch, 16 * epoch) / 2e-4 for step in (0, 624, 1251, 8.5 * epoch, 16 * epoch)]
     assert of_stage_1 == pytest.approx([1 / epoch, 625 / epoch, 1, 0.55, 0.1], rel=1e-4)
+    assert cosine_lr(0, 2e-4, 0, 16) == 2e-4                                  # no warm-up
     with_head, without = train_dit.parse_args([]), train_dit.parse_args(["--head", "0"])
     epochs = (0, 39.9, 40, 420, 800, 1000)
     assert [linear_lr(e * epoch, epoch, with_head) / 2e-4 for e in epochs] == pytest.approx([1, 1, 1, 0.55, 0.1, 0.1])

@@ -660,6 +660,8 @@ def test_no_two_steps_or_places_share_a_key():
     assert len(keys) == 2 * 5 * 2 and len(set(keys)) == len(keys)
     other_seed = next(iter(shuffled(12, 4, 1, 1)))
     assert not set(keys) & {key for _, key in other_seed}
+    of_seed_3_in_step_5 = next(iter(shuffled(12, 4, 1, 3, 5)))
+    assert [key for _, key in of_seed_3_in_step_5] == mix(3, 5, torch.arange(4)).tolist()
 
 
 def test_a_random_crop_is_two_thirds_of_the_shorter_side_anywhere():
