@@ -843,6 +843,17 @@ MUTANTS = [
      'add("--head-depth", type=count',
      'add("--head-depth", type=at_least(0)', SCRIPTS + " -k 'out_of_range and head-depth'"),
     ("train_decoder.py", "args.gan_start < args.disc_start:", "False:", SCRIPTS + " -k 'bad_input and GAN'"),
+    # found by a random search
+    ("rae.py", "keys = mix(seed, step, positions).tolist()", "keys = mix(step, seed, positions).tolist()",
+     STEPS + " -k share_a_key"),
+    ("train_decoder.py", "rising = min(1, (step + 1) / max(warmup, 1))", "rising = min(1, (step + 1) / max(warmup, 2))",
+     RECIPES + " -k schedules"),
+    ("fid.py", 'arrays.get("size", 0), 2)', 'arrays.get("size", -1), 2)', FID + " -k say_what_they_were"),
+    ("rae.py", 'path.stem.rsplit("-", 1)[1]', 'path.stem.rsplit("-", 2)[1]', FID + " -k checked_by_the_digest"),
+    ("train_dit.py", "args.decay_end = max(args.epochs, args.decay_start)", "args.decay_end = args.epochs",
+     RECIPES + " -k until_its_last_epoch"),
+    ("rae.py", 'left_out["images without a text"].append(file)', "self.samples.append((file, label))",
+     TEXT + " -k any_depth"),
 ]
 
 
