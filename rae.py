@@ -1059,7 +1059,7 @@ def say_cost(what, build, *inputs):
     """Tell what training costs, before its first step; returns the forward FLOPs of an image."""
     images = len(inputs[0])
     size, flops = count_flops(build, *inputs)
-    kept = bytes_for_backward(build, *inputs)
+    kept = dist.get_rank() == 0 and bytes_for_backward(build, *inputs)  # for one rank to tell
     memory = f"{size * 20 / 2 ** 30:.2g} GiB of weights, gradients, AdamW's moments and average"
     if kept:
         memory += f", about {kept / 2 ** 30:.2g} GiB for the backward pass of {images} images in bf16"

@@ -844,6 +844,7 @@ MUTANTS = [
      'add("--head-depth", type=at_least(0)', SCRIPTS + " -k 'out_of_range and head-depth'"),
     ("train_decoder.py", "args.gan_start < args.disc_start:", "False:", SCRIPTS + " -k 'bad_input and GAN'"),
     # found by a random search
+    ("rae.py", "torch.arange(dim // 4).double()", "torch.arange(dim // 4)", RAE + " -k computed_in_float64"),
     ("rae.py", "keys = mix(seed, step, positions).tolist()", "keys = mix(step, seed, positions).tolist()",
      STEPS + " -k share_a_key"),
     ("train_decoder.py", "rising = min(1, (step + 1) / max(warmup, 1))", "rising = min(1, (step + 1) / max(warmup, 2))",

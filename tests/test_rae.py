@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 import rae as module
 from assets.shapes import Shapes
 from rae import (ENCODERS, RAE, Decoder, Folder, at_least, batches, center_crop, default_data, drop_broken,
-                 evenly, fetch, in_fp32, in_order, load_rae, locate, mix, newest_run, normals, open_data,
-                 open_val, patchify, random_crop, read_weights, save_checkpoint, shuffled, sincos_2d,
+                 evenly, fetch, grid_angles, in_fp32, in_order, load_rae, locate, mix, newest_run, normals,
+                 open_data, open_val, patchify, random_crop, read_weights, save_checkpoint, shuffled, sincos_2d,
                  start_worker, unpatchify, unwrap, worker_count)
 from train_decoder import latent_statistics
 
@@ -559,6 +559,15 @@ def test_sincos_position_embedding_has_columns_first():
     expected = [math.sin(column), math.sin(column / 100), math.cos(column), math.cos(column / 100),
                 math.sin(row), math.sin(row / 100), math.cos(row), math.cos(row / 100)]
     torch.testing.assert_close(e[row * 3 + column], torch.tensor(expected))
+
+
+def test_angles_are_computed_in_float64():
+    """A far position's angle in float32 would be off by 1e-6."""
+    angles = grid_angles(32, 64)                                              # 16 frequencies
+    row, column = 31, 17
+    for k in range(16):
+        turned = angles[row * 32 + column, [k, 16 + k]].tolist()
+        assert turned == pytest.approx([row * 10_000 ** (-k / 16), column * 10_000 ** (-k / 16)], rel=1e-12)
 
 
 @pytest.mark.parametrize("encoder", ["tiny", "pixel"])
