@@ -828,6 +828,22 @@ def test_reconstructions_are_judged_against_their_originals(judge, tmp_path):
     assert result["lpips"] is None and "vgg16" in " ".join(result["warnings"])
 
 
+def test_reconstructions_are_judged_by_inception_as_well(judge, tmp_path):
+    result = judge("--rae", run(tmp_path), "--data", "shapes", "--num", 3, "--inception-weights", "random")
+    assert result["rfid"] > 0 and result["n"] == 3 and result["features"] == "inception"
+
+
+def test_images_that_are_no_squares_are_squashed_and_keep_to_their_range():
+    """Of edges between black and white, beyond which bicubic interpolation overshoots."""
+    images = torch.zeros(2, 3, 40, 56, dtype=torch.uint8)
+    images[:, :, 10:20, 10:30] = 255
+    measure = fid.feature_function(fid.parse_args(["a.npz", "--features", "tiny"]), torch.device("cpu"))
+    squares = torch.nn.functional.interpolate(images / 255, (32, 32), mode="bicubic")
+    assert squares.max() > 1.05
+    expected = RAE("tiny", "tiny", 32).load_encoder().tokens(squares.clamp(0, 1)).mean(1)
+    torch.testing.assert_close(measure(images), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_reconstructions_are_judged_as_images_of_8_bits(judge, photos, tmp_path, monkeypatch):
     seen = []
 

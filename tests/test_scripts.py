@@ -140,6 +140,8 @@ def test_all_that_is_logged_is_the_same_on_two_ranks_with_accumulation(tmp_path,
                 launch(*command, cwd=tmp_path, ranks=ranks)
     alone, together = ([json.loads(line) for line in open(tmp_path / f"run{ranks}/log.jsonl")] for ranks in (1, 2))
     assert len(alone) == len(together) == 6 + 6 and [line["n"] for line in alone if "n" in line] == [18] * 4
+    always = {"stage", "step", "total", "loss", "skipped", "lr", "images_per_s", "tflops", "eta"}
+    assert [line.keys() - {"l1"} for line in alone if "loss" in line] == [always] * 8
     for one, two in zip(alone, together):
         for key, value in one.items():
             if key not in ("images_per_s", "tflops", "eta"):
