@@ -844,6 +844,8 @@ MUTANTS = [
      'add("--head-depth", type=at_least(0)', SCRIPTS + " -k 'out_of_range and head-depth'"),
     ("train_decoder.py", "args.gan_start < args.disc_start:", "False:", SCRIPTS + " -k 'bad_input and GAN'"),
     # found by a random search
+    ("train_decoder.py", "rae.decode(z + 0.4 * eps, decoder)", "rae.decode(z + 0.4 / eps, decoder)",
+     DECODER + " -k pictures_show"),
     ("train_decoder.py", "record(run, stage=1, step=step, total=total,", "record(run, stage=1, step=step,",
      SCRIPTS + " -k all_that_is_logged"),
     ("fid.py", ".clamp(0, 1).mul(255).round().byte()", ".clamp(0, 1).mul(255).round()", FID + " -k by_inception_as_well"),

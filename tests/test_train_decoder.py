@@ -14,7 +14,7 @@ from assets.shapes import Shapes
 from rae import (DECODERS, RAE, Decoder, bytes_for_backward, count_flops, evenly, mean_over_ranks, mix, normals,
                  remember, ssim)
 from train_decoder import (Discriminator, DiscriminatorHead, adaptive_weight, augment, evaluate_decoder, hinge_loss,
-                           noise_augment)
+                           noise_augment, reconstructions)
 from train_dit import DiT
 
 
@@ -189,6 +189,18 @@ def test_augmentation_passes_exact_gradients_on():
     gradient, = torch.autograd.grad(loss(x), x)
     assert (gradient * step).sum().item() == pytest.approx((loss(x + step) - loss(x)).item(), rel=1e-4)
     assert (gradient.abs().sum(1) > 0).float().mean() > 0.7                   # all pixels that are not moved out
+
+
+def test_pictures_show_originals_copies_and_copies_of_noisy_latents():
+    rae = RAE("tiny", "tiny", 32).load_encoder().eval().requires_grad_(False)
+    images = torch.rand(4, 3, 32, 32)
+    shown = reconstructions(rae, lambda x: rae.decoder(x) / 2, images).chunk(3)  # by the given decoder
+    z = rae.encode(images)
+    eps = normals(torch.arange(4), 16 * 96, z.device).view_as(z)
+    assert torch.equal(shown[0], images)
+    for found, latents in zip(shown[1:], (z, z + 0.4 * eps)):
+        expected = rae.decoder(latents * rae.std + rae.mean) / 2 * 0.5 + 0.5
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_evaluation_adds_the_stated_noise_and_depends_on_no_batch():
