@@ -30,8 +30,9 @@ from train_dit import conditional, euler, load_dit, load_text, null_of, sample_t
 
 def classifier_free(model, y, z, t):
     """The weaker one has no label, or the empty caption; one pass, a batch of 2B."""
-    both = torch.cat([y, null_of(model, y)])
-    return conditional(model, both)(z.repeat(2, 1, 1), t).chunk(2)
+    both = torch.cat([y, null_of(model, y)])  # (2B, ...)
+    v = conditional(model, both)(z.repeat(2, 1, 1), t)  # (2B, N, D)
+    return v.chunk(2)
 
 
 def autoguidance(model, weak, y, z, t):
@@ -63,7 +64,7 @@ def guided(model, y, scale=1.0, weak=None, interval=(0, 1)):
             v, v_weaker = self_guidance(model, y, z, t)
         else:
             v, v_weaker = autoguidance(model, weak, y, z, t)
-        return torch.lerp(v_weaker, v, scale)
+        return torch.lerp(v_weaker, v, scale)  # beyond v, where scale > 1
     return velocity
 
 
@@ -72,7 +73,7 @@ def latents(model, rae, y, keys, alpha, steps=50, scale=1.0, weak=None, interval
     """Labels or captions y (B,...), keys (B,) -> z (B,N,D). The noise of an image is drawn from its
     key, on the CPU, so that it is the same for every device."""
     noise = normals(keys, rae.num_tokens * rae.token_dim, torch.device("cpu"))
-    noise = noise.view(-1, rae.num_tokens, rae.token_dim).to(rae.mean.device)
+    noise = noise.view(-1, rae.num_tokens, rae.token_dim).to(rae.mean.device)  # (B, N, D)
     velocity = guided(model, y.to(rae.mean.device), scale, weak, interval)
     return euler(velocity, noise, sample_times(steps, alpha))
 
@@ -80,7 +81,7 @@ def latents(model, rae, y, keys, alpha, steps=50, scale=1.0, weak=None, interval
 @torch.no_grad()
 def generate(model, rae, y, keys, alpha, steps=50, scale=1.0, weak=None, interval=(0, 1)):
     """Labels or captions y (B,...), keys (B,) -> images (B,3,H,W) in [0,1]."""
-    z = latents(model, rae, y, keys, alpha, steps, scale, weak, interval)
+    z = latents(model, rae, y, keys, alpha, steps, scale, weak, interval)  # (B, N, D)
     return rae.decode(z).float().clamp(0, 1)
 
 
@@ -214,7 +215,7 @@ def columns_of(args, model, device):
     for prompt in args.prompt or model.captions["examples"]:
         is_file = args.prompt and prompt.endswith(".txt")
         prompts += Path(prompt).read_text("utf-8-sig").splitlines() if is_file else [prompt]
-    return prompts, load_text(model, device)(prompts)
+    return prompts, load_text(model, device)(prompts)  # (P, L), or (P, L, E)
 
 
 def main():
@@ -226,7 +227,7 @@ def main():
     names, y = columns_of(args, model, device)
     num = args.num or (50_000 if args.npz else 8 * len(names))  # as FID is published
     indices = torch.arange(num)
-    columns = indices % len(names)
+    columns = indices % len(names)  # (num,), which of y an image has
     if args.npz and model.classes and not args.classes:
         y = torch.arange(len(model.classes))
         columns = balanced_labels(args.seed, indices, len(y))  # of ImageNet 50 of each class
