@@ -31,8 +31,8 @@ from torchvision.models import Inception3
 from tqdm import tqdm
 
 from rae import (ENCODERS, RAE, Folder, UserError, at_least, download, evenly, folders_in, in_order,
-                 load_lpips, load_rae, load_strict, open_data, open_val, psnr, read_weights, splits,
-                 ssim, start)
+                 load_lpips, load_rae, load_strict, open_data, open_val, psnr, read_weights, say,
+                 splits, ssim, start)
 
 # Published weights, under the name that their makers gave them
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
@@ -70,10 +70,8 @@ class Inception(nn.Module):
             weights = download(URL, "--inception-weights PATH, or judge by --features tiny")
         if weights != "random":
             state = weights if isinstance(weights, dict) else read_weights(weights)
-            # Counters of training, which that file lacks and inference does not read
-            own = net.state_dict()
-            unused = {key: own[key] for key in own if key.endswith("num_batches_tracked")}
-            load_strict(net, unused | state, "--inception-weights")
+            # Counters of training, which the file lacks, are added by torch
+            load_strict(net, state, "--inception-weights")
 
         # torchvision's pooling layers differ from the 2015 network's, and weights do not change
         # that. In 2015 the average pools of blocks A, C, E1 leave the padding out of the mean ...
@@ -82,9 +80,8 @@ class Inception(nn.Module):
             pooling.register_forward_pre_hook(self.without_padding)
         net.Mixed_7c.register_forward_hook(self.max_pooled)  # ... and block E2 pools by maximum
 
-        # The Inception Score leaves the last layer's bias out
-        self.logits = nn.Linear(2048, 1008, bias=False)
-        self.logits.weight = net.fc.weight
+        self.logits = net.fc
+        self.logits.bias = None  # the Inception Score leaves it out
         net.fc = nn.Identity()
         self.eval().requires_grad_(False)
 
@@ -175,25 +172,15 @@ def precision_recall(real, fake, k=3, block=2 ** 25):
     real = real - centre
     fake = fake - centre
 
-    def radii_of(x):
-        radii = torch.empty(len(x), device=x.device)
-        for rows in torch.arange(len(x), device=x.device).split(max(1, block // len(x))):
-            d = torch.cdist(x[rows], x)
-            d[rows - rows[0], rows] = torch.inf  # not its own neighbour
-            radii[rows] = d.topk(k, largest=False).values[:, -1]
-        return radii
+    def covered(x, y):
+        """The share of x in the balls of y."""
+        rows = max(1, block // len(y))  # at a time
+        nearest = [torch.cdist(part, y).topk(k + 1, largest=False).values for part in y.split(rows)]
+        radii = torch.cat(nearest)[:, -1]  # the first neighbour is the image itself
+        inside = [(torch.cdist(part, y) <= radii).any(1) for part in x.split(rows)]
+        return torch.cat(inside).double().mean().item()
 
-    radii_real = radii_of(real)  # (M,)
-    radii_fake = radii_of(fake)  # (N,)
-
-    # Which image of one set lies in a ball of the other
-    precise = 0
-    recalled = torch.zeros(len(real), dtype=torch.bool, device=real.device)
-    for rows in torch.arange(len(fake), device=fake.device).split(max(1, block // len(real))):
-        d = torch.cdist(fake[rows], real)  # (rows, M)
-        precise += (d <= radii_real).any(1).sum().item()
-        recalled |= (d <= radii_fake[rows, None]).any(0)
-    return precise / len(fake), recalled.double().mean().item()
+    return covered(fake, real), covered(real, fake)
 
 
 # What is judged: images, statistics of their features, or both
@@ -225,34 +212,31 @@ class Source(NamedTuple):
 def open_source(path, size=None):
     """The Source of that name; size [h, w]: its partner's, to which class folders are cropped.
     Errors: no images."""
-    arrays = {}
-    if path in ("shapes", "shapes/val"):  # 50,000 for training, 10,000 held out
-        size = [min(size or [32])] * 2
-        images = open_data(path, size[0]) if path == "shapes" else open_val("shapes", None, size[0])
-    elif size and folders_in(path):
-        size = [min(size)] * 2
-        images = Folder(splits(path)[0], size[0])
-    elif Path(path).is_dir():  # files as they are: a resized image would be another image
+    side = min(size or [32])
+    if path == "shapes":  # 50,000 for training
+        return Source(path, open_data("shapes", side), [side, side])
+    if path == "shapes/val":  # 10,000 held out
+        return Source(path, open_val("shapes", None, side), [side, side])
+    if size and folders_in(path):
+        return Source(path, Folder(splits(path)[0], side), [side, side])
+    if Path(path).is_dir():  # files as they are: a resized image would be another image
         images = Folder(path, None)
         first = next(filter(None, (images[i, 0] for i in range(len(images)))), None)
         if first is None:
             raise UserError(f"{path}: not one image can be read")
         images.shape = first[0].shape  # (3, h, w), which all must have
-        size = [*images.shape[1:]]
-    else:
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
-        except Exception as error:  # numpy, zipfile and zlib have many kinds
-            raise UserError(f"{path} cannot be read as an .npz ({error}): give an .npz with arr_0"
-                            " (uint8 images) or mu and sigma, a folder of images, or `shapes`"
-                            ) from None
-        images = Array(path, arrays.pop("arr_0")) if "arr_0" in arrays else None
-        size = np.broadcast_to(arrays.get("size", 0), 2).tolist()
-        size = size if any(size) else None  # 0: not known
-        if images is not None:
-            size = [*images.images.shape[1:3]]
-    return Source(path, images, size, arrays)
+        return Source(path, images, [*images.shape[1:]])
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except Exception as error:  # numpy, zipfile and zlib have many kinds
+        raise UserError(f"{path} cannot be read as an .npz ({error}): give an .npz with arr_0 (uint8"
+                        " images) or mu and sigma, a folder of images, or `shapes`") from None
+    if "arr_0" in arrays:
+        images = Array(path, arrays.pop("arr_0"))
+        return Source(path, images, [*images.images.shape[1:3]], arrays)
+    size = np.broadcast_to(arrays.get("size", 0), 2).tolist()  # 0: not known
+    return Source(path, None, size if any(size) else None, arrays)
 
 
 def check(source, args):
@@ -298,7 +282,7 @@ def per_image(dataset, measure, batch, device, num=None):
     if lost:
         path, _ = dataset.samples[chosen[lost[0]]]
         raise UserError(f"{len(lost)} of {len(chosen)} images cannot be read (the first: {path}):"
-                        " mend or remove them; without them a figure would be of other images")
+                        " mend or remove them; a figure of the others would not be of this data set")
     numbers, rows = map(torch.cat, zip(*found))
     return rows[numbers.argsort()].to(device)
 
@@ -332,7 +316,7 @@ def judge_samples(args, device):
         reference = open_source(args.reference, generated.size)
         check(reference, args)
 
-    # Features of both sides. Statistics need none; images beside them serve precision, recall
+    # Features of both sides. Saved statistics need none; images beside them serve precision, recall
     fake = real = logits = None
     compared = reference.images is not None and "mu" not in reference.arrays
     if generated.images is not None or compared:
@@ -487,14 +471,12 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
-    device, rank, _ = start()
+    device, *_ = start()
     torch.set_float32_matmul_precision("highest")  # a judge computes in fp32, not TF32
     torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)  # `random` weights: the same everywhere
     judge = judge_reconstructions if args.rae else judge_samples
-    result = judge(args, device)
-    if rank == 0:
-        print(json.dumps(result))
+    say(json.dumps(judge(args, device)))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ The encoder is pretrained and frozen; train_decoder.py trains the decoder and wr
     python rae.py photo.jpg --run out/dinov2_b       # originals above copies: reconstruction.png
     python rae.py photo.jpg --run release:dinov2_b   # with the paper's released decoder
 
-The autoencoder ends at the ruled line; below it stands what all scripts share.
 B images, N tokens, D channels of a token. Source: arXiv 2510.11690 ("the paper"), section 3.
 """
 import argparse
@@ -48,7 +47,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 from torchvision.utils import save_image
 
 ROOT = Path(__file__).parent
@@ -61,13 +60,11 @@ class UserError(SystemExit, ValueError):
 
 def in_fp32(function):
     """Decorator: run a function of tensors in fp32, also under bf16 autocast."""
-    def widened(x):
-        return x.float() if torch.is_tensor(x) and x.dtype == torch.bfloat16 else x
-
     @wraps(function)
     def wrapped(*args):  # the last argument is a tensor
+        args = [x.float() if torch.is_tensor(x) and x.dtype == torch.bfloat16 else x for x in args]
         with torch.autocast("cuda" if args[-1].is_cuda else "cpu", enabled=False):
-            return function(*map(widened, args))
+            return function(*args)
     return wrapped
 
 
@@ -81,13 +78,13 @@ TINY = dict(img_size=32, patch_size=8, embed_dim=96, depth=4, num_heads=4)
 
 class Encoder(NamedTuple):
     timm: str               # timm's name of the model; empty: pixels
-    image_side: int         # for images of this side ...
-    input_side: int         # ... the encoder's input has this one
+    image_side: int         # side of the images
+    input_side: int         # side to which they are resized for the encoder
     patch: int              # pixels per token in the encoder's input
     dim: int                # D, channels of a token
     pixels: tuple           # pixel mean and standard deviation
-    antialias: bool = True  # of resampled positions, as in the reference
-    options: dict = {}      # where it differs from timm's model of that name
+    antialias: bool = True  # when positions are resampled, as the reference does
+    options: dict = {}      # further arguments of timm.create_model
 
     @property
     def stride(self):
@@ -127,20 +124,15 @@ def unpatchify(x, patch):
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
-class Patchify(nn.Module):
-    """The encoder `pixel`: tokens are patches (Table 11)."""
-    def __init__(self, patch):
+class Pixels(nn.Module):
+    """The encoder `pixel`, whose tokens are patches, or its decoder: nothing to train (Table 11)."""
+    def __init__(self, function, patch):
         super().__init__()
+        self.function = function
         self.patch = patch
 
     def forward(self, x):
-        return patchify(x, self.patch)
-
-
-class Unpatchify(Patchify):
-    """The decoder of `pixel`: exact, with nothing to train."""
-    def forward(self, x):
-        return unpatchify(x, self.patch)
+        return self.function(x, self.patch)
 
 
 class PatchNorm(nn.Module):
@@ -167,7 +159,7 @@ def build_encoder(name, image_size, weights=None):
     """
     spec = ENCODERS[name]
     if not spec.timm:
-        return Patchify(spec.patch)
+        return Pixels(patchify, spec.patch)
     if name == "sdvae":
         from assets.sdvae import build
         return build(weights, **spec.options)
@@ -207,8 +199,7 @@ def encoder_state(weights, own, native, resample):
         state["pos_embed"] = resample(state["pos_embed"].float())
     # Not needed: the norm's scale and shift, classifiers, MAE's decoder
     unused = ("norm.", "fc_norm.", "head", "attn_pool.", "decoder", "mask_token")
-    return {key: value for key, value in state.items()
-            if key in own or not key.startswith(unused)}
+    return {key: value for key, value in state.items() if key in own or not key.startswith(unused)}
 
 
 # The decoder: tokens -> normalised pixels
@@ -245,8 +236,7 @@ class DecoderBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-12)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
-        layers = nn.Linear(width, mlp_hidden), nn.GELU(), nn.Linear(mlp_hidden, width)
-        self.mlp = nn.Sequential(*layers)
+        self.mlp = nn.Sequential(nn.Linear(width, mlp_hidden), nn.GELU(), nn.Linear(mlp_hidden, width))
 
     def forward(self, x):
         qkv = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1))  # (B, N, 3, heads, C)
@@ -278,8 +268,7 @@ class Decoder(nn.Module):
         self.embed = nn.Linear(token_dim, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.register_buffer("pos_embed", sincos_2d(side, width), persistent=False)
-        blocks = (DecoderBlock(width, heads, mlp_hidden) for _ in range(depth))
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList(DecoderBlock(width, heads, mlp_hidden) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-12)
         self.predict = nn.Linear(width, 3 * patch * patch)
 
@@ -317,8 +306,7 @@ class RAE(nn.Module):
                             f" {self.stride}")
         self.image_size = image_size
         self.upsample = upsample
-        self.config = dict(encoder=encoder, decoder=dict(sizes), image_size=image_size,
-                           upsample=upsample)
+        self.config = dict(encoder=encoder, decoder=dict(sizes), image_size=image_size, upsample=upsample)
         self.num_tokens = (image_size // self.stride) ** 2  # N
         self.token_dim = self.spec.dim                      # D
         self.output_size = image_size * upsample            # side of decoded images
@@ -328,7 +316,7 @@ class RAE(nn.Module):
         # Its decoder; the encoder comes later, or never
         self.encoder = None
         patch = self.stride * upsample  # pixels of a decoded token
-        self.decoder = Unpatchify(patch)
+        self.decoder = Pixels(unpatchify, patch)
         if self.spec.timm:
             self.decoder = Decoder(self.num_tokens, self.token_dim, patch=patch, **sizes)
         elif upsample > 1:
@@ -342,10 +330,8 @@ class RAE(nn.Module):
         self.register_buffer("pixel_std", pixel_std, persistent=False)
 
     def load_encoder(self, weights=None):
-        """Build the encoder; weights: None (pretrained), "random", a path or a state dict, see
-        build_encoder. Returns this autoencoder."""
-        encoder = build_encoder(self.name, self.image_size, weights)
-        self.encoder = encoder.to(self.mean.device)
+        """Build the encoder, of weights as build_encoder takes them. Returns this autoencoder."""
+        self.encoder = build_encoder(self.name, self.image_size, weights).to(self.mean.device)
         return self
 
     @property
@@ -366,9 +352,8 @@ class RAE(nn.Module):
         """
         if self.encoder is None:
             raise UserError("this RAE was loaded to decode: load_encoder() builds its encoder")
-        square = images.ndim == 4 and images.shape[1] == 3 and images.shape[2] == images.shape[3]
-        floats = images.is_floating_point()
-        sound = square and floats
+        H = images.shape[-1]
+        sound = images.is_floating_point() and images.shape[1:] == (3, H, H)
         if sound and images.is_cpu:
             sound = -.5 < images.min() <= images.max() < 1.5
         if not sound:
@@ -435,8 +420,7 @@ def load_strict(module, state, what):
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        _, *lines = str(error).split("\n")
-        said = "; ".join(f"{line.strip():.120}" for line in lines[:3])
+        said = "; ".join(f"{line.strip():.120}" for line in str(error).split("\n")[1:4])
         raise UserError(f"{what}: weights of another model: {said}") from None
 
 
@@ -471,8 +455,7 @@ def load_rae(path_or_name, device="cpu", decode_only=False):
         raise UserError(f"{path} is no rae.pt, as train_decoder.py writes it (a dit.pt? a released"
                         " file? `release:NAME` reads those)")
     rae = RAE(**saved["config"])
-    averaged = {key: value.float() for key, value in saved["ema"].items()}
-    load_strict(rae.decoder, averaged, str(path))
+    load_strict(rae.decoder, saved["ema"], path)
     rae.mean.copy_(saved["mean"])  # (N, D)
     rae.var.copy_(saved["var"])    # (N, D)
     rae.data = saved.get("data")
@@ -546,14 +529,12 @@ def read_image(path):
     with Image.open(path) as image:
         if max(image.size) > 20 * min(image.size):  # before a crop enlarges it to gigabytes
             raise ValueError(f"{image.width} x {image.height} pixels, longer than 20:1")
-        image.load()
+        image.load()  # a file that is cut short fails here, and not where EXIF may fail
         deep = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")  # 0 to 65535
         if image.mode == "F" or image.mode.startswith("I") and not deep:
             raise ValueError(f"mode {image.mode}, whose range of values is unknown")
-        try:
+        with suppress(Exception):  # damaged EXIF: the picture is sound, and stays as it lies
             image = ImageOps.exif_transpose(image)  # cameras write how they were held
-        except Exception:  # damaged EXIF: the picture is sound, and stays as it lies
-            pass
         if image.mode.startswith("I"):  # 16 bits, which convert() would clip
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         return image.convert("RGB")
@@ -565,7 +546,8 @@ def visible(name):
 
 
 def walk(path):
-    """(folder below path, name) of all files that may be data, sorted; each folder once."""
+    """Yields (folder below path, name) of all files that may be data, sorted; a folder that is linked
+    twice is entered once."""
     seen = set()
     for folder, folders, names in os.walk(path, followlinks=True):
         place = os.path.realpath(folder)
@@ -575,10 +557,6 @@ def walk(path):
         seen.add(place)
 
 
-def is_image(name):
-    return name.lower().endswith(IMG_EXTENSIONS)
-
-
 def folders_in(path):
     """Names of the folders in a folder that may be data, sorted."""
     names = os.listdir(path) if os.path.isdir(path) else []
@@ -586,11 +564,10 @@ def folders_in(path):
 
 
 def splits(path, captioned=False):
-    """(training folder, held-out folder or None): path/train and path/val, if train/ has class folders
-    with images (captioned: images), and no folder beside train/, val/ and test/ has any; else (path,
-    None)."""
+    """(path/train, path/val or None) if train/ has images in class folders (captioned: anywhere) and the
+    folders beside train/, val/, test/ have none; else (path, None)."""
     def has_images(*parts):
-        return any(is_image(name) for _, name in walk(Path(path, *parts)))
+        return any(is_image_file(name) for _, name in walk(Path(path, *parts)))
 
     names = folders_in(path)
     inside = folders_in(Path(path, "train")) + [""] * captioned if "train" in names else []
@@ -603,7 +580,7 @@ def splits(path, captioned=False):
 class Folder(Dataset):
     """Class folders, class/**/*.jpg: item (index, key) -> (uint8 (3,size,size), label, key).
 
-    train: an image drawn from the key takes the place of a file that cannot be read; else its
+    A file that cannot be read: with `train`, an image drawn from the key takes its place; else its
     item is None, which drop_broken leaves out. crop: stage 1's random crops; else the centre.
     size None: all images below path are one class, and stay as they are, all of one size.
     captioned: the label is the text in name.txt beside name.jpg, at any depth: one of its lines,
@@ -630,9 +607,9 @@ class Folder(Dataset):
             kind = Path(name).suffix.lower()
             if label is None:
                 left_out["beside class folders"].append(file)
-            elif is_image(name) and captioned and not text_of(file).exists():
+            elif is_image_file(name) and captioned and not Path(file).with_suffix(".txt").exists():
                 left_out["images without a text"].append(file)
-            elif is_image(name):
+            elif is_image_file(name):
                 self.samples.append((file, label))
             elif not captioned or kind != ".txt":
                 left_out[kind].append(file)
@@ -641,7 +618,7 @@ class Folder(Dataset):
             kinds = (f"{len(files)} {kind} (such as {files[0]})" for kind, files in kinds)
             say(f"files that are not read: {', '.join(kinds)}")
 
-        # What is no data set, or perhaps another than was meant
+        # Refuse what is no data set, or probably not the one that was meant
         filled = {label for _, label in self.samples}
         empty = [name for name in self.classes if labels[name] not in filled]
         parts = [name for name in self.classes if name.lower() in self.SPLITS]
@@ -682,12 +659,11 @@ class Folder(Dataset):
 
     def captions(self, index):
         """The lines of the text beside an image; the empty text is a caption."""
-        text = text_of(self.samples[index][0]).read_text("utf-8-sig", "replace")
+        text = Path(self.samples[index][0]).with_suffix(".txt").read_text("utf-8-sig", "replace")
         return [line.strip() for line in text.splitlines() if line.strip()] or [""]
 
     def read(self, index, key):
-        """A file's image and label, or None if it is broken: one rule for all that a decoder may
-        raise."""
+        """The item of a file, or None if it is broken: whatever its decoder raises."""
         path, label = self.samples[index]
         if not self.broken[index]:
             try:
@@ -708,11 +684,6 @@ class Folder(Dataset):
                 raise UserError("not one image of the folder can be read: give other --data")
             found = self.read(draws.integers(len(self)), key)
         return found
-
-
-def text_of(path):
-    """Where the text of an image would be."""
-    return Path(path).with_suffix(".txt")
 
 
 def open_data(data, size, crop=False, captioned=False):
@@ -745,7 +716,7 @@ def centre_crops(dataset):
 # Images in order
 
 def worker_count(dataset, workers=None):
-    """Loader processes: as asked; else none for drawn images, for files a core each, up to 8."""
+    """The number of loader processes: as asked; else 0 for drawn images, for files one a core, up to 8."""
     if workers is not None or not hasattr(dataset, "samples"):
         return workers or 0
     cores = len(os.sched_getaffinity(0))  # that this process may use
@@ -753,8 +724,7 @@ def worker_count(dataset, workers=None):
 
 
 def start_worker(_):
-    """A loader process ignores SIGINT, SIGTERM, SIGHUP, which reach all processes of a run: the
-    main one needs it until it has saved, and ends it (end_workers)."""
+    """A loader process ignores STOPS: the main one needs it until it has saved, and then ends it."""
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
     sys.stdout = Output(sys.stdout)
@@ -773,19 +743,26 @@ def drop_broken(items):
     return default_collate(items) if items else None
 
 
-def loader_of(dataset, order, batch, workers, pin_memory=False):
-    """A DataLoader over the batches of `order`, each a list of the data set's items."""
+def batches(dataset, order, batch, workers, device):
+    """The data set's items by `order`, lists of them: yields images (b,3,H,W) in [0,1] on the device,
+    labels (b,) or a list of captions, and keys (b,)."""
     count = worker_count(dataset, workers)
     size = getattr(dataset, "size", None) or 0
-    need = (2 * count + 1) * batch * 3 * size ** 2  # two batches a process wait
+    ranks = int(from_torchrun("LOCAL_WORLD_SIZE", 1))  # they share the machine's /dev/shm
+    need = ranks * (2 * count + 1) * batch * 3 * size ** 2  # each process keeps two batches ready
     if count and os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < need:
-        raise UserError(f"{count} loader processes need {need / 2 ** 20:.0f} MiB in /dev/shm, which"
+        raise UserError(f"{ranks * count} loader processes need {need / 2 ** 20:.0f} MiB in /dev/shm, which"
                         f" has {shutil.disk_usage('/dev/shm').free / 2 ** 20:.0f}: give docker run"
                         " --shm-size=8g, or --workers 0")
     atexit.unregister(end_workers)
     atexit.register(end_workers)  # after multiprocessing's own handler, so that it runs before
-    return DataLoader(dataset, batch_sampler=order, num_workers=count, collate_fn=drop_broken,
-                      worker_init_fn=start_worker, pin_memory=pin_memory)
+    loader = DataLoader(dataset, batch_sampler=order, num_workers=count, collate_fn=drop_broken,
+                        worker_init_fn=start_worker, pin_memory=device.type == "cuda")
+    for part in loader:
+        if part is not None:  # all of its files may be broken
+            images, labels, keys = part
+            # 8 bits until here: a quarter of the bytes between processes, and to the device
+            yield images.to(device, non_blocking=True).float() / 255, labels, keys
 
 
 def evenly(length, most=None):
@@ -796,29 +773,22 @@ def evenly(length, most=None):
 
 
 def in_order(dataset, batch, device, rank=0, world=1, workers=None, most=None):
-    """Each image once, or `most` of them; ranks take turns. Yields images (b,3,H,W) in [0,1],
-    labels (b,), or a list of captions, and numbers (b,) counted from 0, those of broken files
-    missing."""
+    """Batches of each image once, or of `most` images; ranks take turns. Keys count the images from 0;
+    those of broken files are missing."""
     items = [(index, i) for i, index in enumerate(evenly(len(dataset), most))][rank::world]
     order = [items[i:i + batch] for i in range(0, len(items), batch)]
-
-    # 8 bits until here: a quarter of the bytes between processes, and to the device
-    for part in loader_of(dataset, order, batch, workers):
-        if part is not None:  # all of its files may be broken
-            images, labels, numbers = part
-            labels = labels.to(device) if torch.is_tensor(labels) else labels
-            yield images.to(device).float() / 255, labels, numbers
+    return batches(dataset, order, batch, workers, device)
 
 
 def try_to_read(*datasets, workers=None, most=1000):
-    """Read up to `most` files of each data set, and end the run if more than 1 % are broken: others
-    would be seen in their place. Call it on all ranks."""
+    """Read up to `most` files of each data set, and end the run if more than 1 % are broken: training
+    would see others in their place. Call it on all ranks."""
     for dataset in datasets:
         if not hasattr(dataset, "samples"):
             continue  # None, or images that are drawn
         readable = torch.zeros(())
         ranks = dist.get_rank(), dist.get_world_size()
-        for images, *_ in in_order(centre_crops(dataset), 64, "cpu", *ranks, workers, most):
+        for images, *_ in in_order(centre_crops(dataset), 64, torch.device("cpu"), *ranks, workers, most):
             readable += len(images)
         dist.all_reduce(readable)
         tried = min(most, len(dataset))
@@ -847,24 +817,14 @@ def shuffled(length, batch, accum=1, seed=0, step=0, rank=0, world=1):
         generator = torch.Generator().manual_seed(int(mix(seed, epoch)))
         return torch.randperm(length, generator=generator).tolist()
 
-    size = batch // (accum * world)  # of a micro-batch
+    # A key belongs to a position in the batch, whichever rank and micro-batch it falls to
+    own = torch.arange(batch).view(accum, world, -1)[:, rank]  # (accum, images of a micro-batch)
     while True:
-        # Other ranks or micro-batches cut a batch into other pieces: keys go with positions
-        for micro in range(accum):
-            positions = torch.arange(size) + (micro * world + rank) * size
+        for positions in own:
             keys = mix(seed, step, positions).tolist()
             yield [(permutation(at // length)[at % length], key)
                    for at, key in zip((step * batch + positions).tolist(), keys)]
         step += 1
-
-
-def batches(dataset, order, batch, workers, device):
-    """Endless (images (b,3,H,W) in [0,1], labels (b,)) on the device, keys (b,) on the CPU; captions
-    are a list."""
-    for images, labels, keys in loader_of(dataset, order, batch, workers, device.type == "cuda"):
-        images = images.to(device, non_blocking=True).float() / 255
-        labels = labels.to(device, non_blocking=True) if torch.is_tensor(labels) else labels
-        yield images, labels, keys
 
 
 # How alike two images are: a number for each pair of images (B,3,H,W) in [0,1]
@@ -879,18 +839,15 @@ def ssim(a, b):
     Errors: images below 11 pixels."""
     if min(a.shape[2:]) < 11:
         raise UserError(f"images of {tuple(a.shape[2:])} pixels, and SSIM needs at least 11 x 11")
-    offsets = torch.arange(11, device=a.device).double() - 5
-    window = torch.exp(-offsets ** 2 / (2 * 1.5 ** 2))
+    window = torch.signal.windows.gaussian(11, std=1.5, dtype=torch.float64, device=a.device)
     window = (window / window.sum()).view(1, 1, 11, 1)  # down, then across: separable
 
     def blur(x):  # (B,3,H,W) -> (3B,1,H-10,W-10)
         return F.conv2d(F.conv2d(x.flatten(0, 1)[:, None], window), window.mT)
 
     # Local means, variances and covariance, each (3B, 1, H-10, W-10)
-    a = a.double()
-    b = b.double()
-    mean_a = blur(a)
-    mean_b = blur(b)
+    a, b = a.double(), b.double()
+    mean_a, mean_b = blur(a), blur(b)
     var_a = blur(a * a) - mean_a ** 2
     var_b = blur(b * b) - mean_b ** 2
     cov = blur(a * b) - mean_a * mean_b
@@ -930,7 +887,7 @@ def load_lpips(device="cpu", vgg=None):
         net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     for linear in net.lins:
         linear.forward = in_fp32(linear.forward)  # small differences, too fine for bf16
-    # The five layers that weigh come with the package; the network beneath, VGG16, does not
+    # The package brings the five weighting layers; VGG16 beneath them is downloaded
     if vgg != "random":
         state = read_weights(vgg) if vgg else download(
             VGG, "--lpips-vgg PATH, or train without LPIPS: --lpips-weight 0")
@@ -948,9 +905,8 @@ def autocast_for(dtype, device):
     if dtype is None:
         if device.type == "cuda":
             has = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            capabilities = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.6 has it not: fp32
-            has = capabilities().get("avx512_bf16")
+        else:  # torch 2.6 has no list of capabilities: fp32
+            has = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")
         dtype = "bf16" if has else "fp32"
     return dtype, partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == "bf16")
 
@@ -960,7 +916,8 @@ def compile_blocks(blocks, device):
     try:
         torch.compile(torch.relu)(torch.ones(8, device=device))
     except Exception as error:
-        raise UserError(f"--compile does not work here, {str(error).strip().splitlines()[0]:.120}:"
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"--compile does not work here, {said:.120}:"
                         " it needs a C++ compiler, on GPUs Triton") from None
     for block in blocks:
         block.compile()
@@ -1177,8 +1134,7 @@ def lock_run(run):
 
 
 def refuse_changes(what, then, now, advice):
-    """End the run where settings that were recorded in a file, `then`, are not those of `now`; what
-    was not recorded is not compared."""
+    """End the run if a setting that a file recorded, `then`, differs from `now`; others are not compared."""
     changed = [f"{key} was {then[key]}, is {value}" for key, value in now.items()
                if key in then and then[key] != value]
     if changed:
@@ -1227,8 +1183,12 @@ def restore(parts, saved):
 
 
 def save_checkpoint(path, **state):
-    """Write plain types to a temporary file and rename it: if this is killed, the old one stays.
-    Errors: no room, no such place."""
+    """Write plain types, and the state of modules and optimisers, on rank 0: to a temporary file, which
+    is renamed, so that the old one stays if this is killed. Errors: no room, no such place."""
+    if dist.is_initialized() and dist.get_rank():
+        return
+    state = {key: value.state_dict() if hasattr(value, "state_dict") else value
+             for key, value in state.items()}
     path = Path(path)
     temporary = Path(f"{path}.tmp")
     versions = dict(torch=str(torch.__version__), timm=timm.__version__)
@@ -1248,7 +1208,7 @@ def save_checkpoint(path, **state):
 
 
 def absolute_path(name):
-    """The name of a data set or run that holds in every working directory: shapes and release:NAME do."""
+    """An absolute path, so that the name holds in every folder; `shapes` and release:NAME stay."""
     name = str(name)
     return name if name == "shapes" or name.startswith("release:") else str(Path(name).resolve())
 
@@ -1264,7 +1224,7 @@ def save_picture(images, path, nrow):
 # Processes
 
 def from_torchrun(name, default=None):
-    """One of torchrun's variables. Without torchrun, others of these names count for nothing."""
+    """One of torchrun's variables. Without torchrun, variables of these names are ignored."""
     return os.environ[name] if "TORCHELASTIC_RUN_ID" in os.environ else default
 
 
@@ -1319,8 +1279,9 @@ def main():
     add("--run", help="run folder, rae.pt or release:NAME (default: newest in out/, else the demo)")
     add("--out", default="reconstruction.png", help="the picture (default: %(default)s)")
     args = parser.parse_args()
+    device, *_ = start()
     run = args.run or newest_run("rae.pt")
-    rae = load_rae(run, "cuda" if torch.cuda.is_available() else "cpu")
+    rae = load_rae(run, device)
 
     # Photographs, cropped as ImageNet's
     side = rae.output_size
@@ -1333,7 +1294,7 @@ def main():
         if min(image.size) < side:
             print(f"WARNING: {path}: {image.width} x {image.height} pixels, enlarged to {side}")
         images.append(TF.to_tensor(center_crop(image, side)))
-    images = torch.stack(images).to(rae.mean.device)  # (B, 3, H, W)
+    images = torch.stack(images).to(device)  # (B, 3, H, W)
 
     # There and back
     with torch.no_grad():

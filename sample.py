@@ -26,30 +26,14 @@ from rae import (UserError, at_least, command, default_data, load_rae, locate, m
 from train_dit import conditional, euler, load_dit, load_text, null_of, sample_times
 
 
-# Guidance: each function gives v, and a weaker v away from which v is extended
-
-def classifier_free(model, y, z, t):
-    """The weaker one has no label, or the empty caption; one pass, a batch of 2B."""
-    both = torch.cat([y, null_of(model, y)])  # (2B, ...)
-    v = conditional(model, both)(z.repeat(2, 1, 1), t)  # (2B, N, D)
-    return v.chunk(2)
-
-
-def autoguidance(model, weak, y, z, t):
-    """The weaker one is that of a smaller or earlier model (Karras 2024)."""
-    return conditional(model, y)(z, t), conditional(weak, y)(z, t)
-
-
-def self_guidance(model, y, z, t):
-    """RAEv2: the weaker one comes from the model's own base head, in the same pass."""
-    return conditional(model, y, True)(z, t)
-
+# Guidance
 
 def guided(model, y, scale=1.0, weak=None, interval=(0, 1)):
     """velocity(z, t) for labels or captions y: v_weaker + scale (v - v_weaker) at times t in
     `interval`, ends included; v elsewhere, and where scale is 1.
 
-    weak: None for classifier-free guidance, a model on z's device, or "self" for the base head.
+    v_weaker has no label or caption (weak None: classifier-free guidance), or comes from another model
+    (weak: a smaller or earlier one, on z's device; Karras 2024), or from the base head ("self"; RAEv2).
     """
     if weak == "self" and not getattr(model, "base_head", 0):
         raise UserError("this model has no base head that could guide it: train one with"
@@ -58,12 +42,15 @@ def guided(model, y, scale=1.0, weak=None, interval=(0, 1)):
     def velocity(z, t):
         if scale == 1 or not interval[0] <= float(t) <= interval[1]:
             return conditional(model, y)(z, t)  # the weaker one would change nothing
-        if weak is None:
-            v, v_weaker = classifier_free(model, y, z, t)
-        elif weak == "self":
-            v, v_weaker = self_guidance(model, y, z, t)
+        if weak is None:  # one pass, a batch of 2B
+            both = torch.cat([y, null_of(model, y)])            # (2B, ...)
+            v = conditional(model, both)(z.repeat(2, 1, 1), t)  # (2B, N, D)
+            v, v_weaker = v.chunk(2)
+        elif weak == "self":  # both outputs, of one pass
+            v, v_weaker = conditional(model, y, True)(z, t)
         else:
-            v, v_weaker = autoguidance(model, weak, y, z, t)
+            v = conditional(model, y)(z, t)
+            v_weaker = conditional(weak, y)(z, t)
         return torch.lerp(v_weaker, v, scale)  # beyond v, where scale > 1
     return velocity
 
@@ -79,9 +66,9 @@ def latents(model, rae, y, keys, alpha, steps=50, scale=1.0, weak=None, interval
 
 
 @torch.no_grad()
-def generate(model, rae, y, keys, alpha, steps=50, scale=1.0, weak=None, interval=(0, 1)):
-    """Labels or captions y (B,...), keys (B,) -> images (B,3,H,W) in [0,1]."""
-    z = latents(model, rae, y, keys, alpha, steps, scale, weak, interval)  # (B, N, D)
+def generate(model, rae, y, keys, *options, **more):
+    """Labels or captions y (B,...), keys (B,) -> images (B,3,H,W) in [0,1]; options: as of latents."""
+    z = latents(model, rae, y, keys, *options, **more)  # (B, N, D)
     return rae.decode(z).float().clamp(0, 1)
 
 
@@ -89,12 +76,11 @@ def generate(model, rae, y, keys, alpha, steps=50, scale=1.0, weak=None, interva
 
 def balanced_labels(seed, index, num_classes):
     """Labels (B,) of image indices (B,): each block of num_classes indices is a shuffle of all
-    classes, drawn from (seed, block); so the set is balanced and shuffled, also if cut."""
-    def shuffle(block):
+    classes, drawn from (seed, block): the first part of a set is shuffled and balanced as well."""
+    blocks = {}
+    for block in (index // num_classes).unique().tolist():
         generator = torch.Generator().manual_seed(int(mix(seed, 1, block)))
-        return torch.randperm(num_classes, generator=generator)
-
-    blocks = {block: shuffle(block) for block in (index // num_classes).unique().tolist()}
+        blocks[block] = torch.randperm(num_classes, generator=generator)
     return torch.stack([blocks[i // num_classes][i % num_classes] for i in index.tolist()])
 
 
@@ -109,22 +95,33 @@ def pick_classes(names, classes):
     known |= {str(name): i for i, name in enumerate(classes)}  # ... or by name, which wins
     unknown = [name for name in names if name not in known]
     if unknown:
-        dots = ", ..." if len(classes) > 10 else ""
         raise UserError(f"unknown class {', '.join(unknown)}: the model knows"
-                        f" {', '.join(map(str, classes[:10]))}{dots}, or an index below {len(classes)}")
+                        f" {', '.join(map(str, classes)):.120}, or an index below {len(classes)}")
     return [known[name] for name in names]
+
+
+def lines_of(prompt):
+    """A prompt, or the captions of FILE.txt, one a line."""
+    if not prompt.endswith(".txt"):
+        return [prompt]
+    if not Path(prompt).is_file():
+        raise UserError(f"--prompt {prompt}: no such file")
+    return Path(prompt).read_text("utf-8-sig").splitlines()
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     add = parser.add_argument
     add("--run", help="run folder, dit.pt or release:NAME (default: newest in out/, else the bundled demo)")
-    add("--classes", nargs="+", help="names or indices; `none`: unconditional (default: all, at most ten)")
+    add("--classes", nargs="+",
+        help="names or indices; `none`: unconditional (default: all, at most ten)")
     add("--prompt", nargs="+",
-        help="captions, or .txt files of them, one a line (default: ten of the training set)")
-    add("--num", type=at_least(1), help="images in all (default: 8 per class or caption; with --npz 50000)")
-    add("--out", help="the grid's file, a column per class or caption (default: samples.png)")
-    add("--npz", help="instead of a grid, this .npz for fid.py: class-balanced, shuffled, uint8 (N,H,W,3)")
+        help="captions, or FILE.txt, one a line (default: ten of the training set)")
+    add("--num", type=at_least(1),
+        help="images in all (default: 8 per class or caption; with --npz 50000)")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--out", help="the grid's file, a column per class or caption (default: samples.png)")
+    either("--npz", help="instead of a grid, this .npz for fid.py: class-balanced, shuffled, uint8 (N,H,W,3)")
     add("--steps", type=at_least(1), default=50, help="Euler steps = evaluations of the model (default: 50)")
     add("--scale", type=at_least(0, float),
         help="guidance (default: 1, none; captions 3; with --guide 1.42, self 1.78)")
@@ -137,8 +134,6 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.interval and args.interval[0] > args.interval[1]:
         parser.error("--interval {} {}: LO comes first, and is not above HI".format(*args.interval))
-    if args.npz and args.out:
-        parser.error("--out and --npz exclude each other: a grid, or an archive")
     if args.npz:
         args.npz = args.npz.removesuffix(".npz") + ".npz"  # as numpy would name it
     return args
@@ -146,9 +141,8 @@ def parse_args(argv=None):
 
 def recorded(model):
     """What a dit.pt says of the latents that it makes, and of its classes."""
-    source = {key: value for key, value in (model.captions or {}).items() if key != "examples"}
     said = dict(tokens=model.config["tokens"], token_dim=model.config["token_dim"],
-                latents=model.latents, classes=model.classes, captions=source)
+                latents=model.latents, classes=model.classes, captions=model.captions)
     return {key: value for key, value in said.items() if value is not None}
 
 
@@ -175,7 +169,8 @@ def load(args, device):
     if scale is None and not args.guide:
         scale = model.scale  # the checkpoint's, or None
     if scale is None:
-        plain = 3.0 if model.text else 1.0  # as measured: assets/README.md, "Text to image"
+        conditional_text = model.text and model.label_dropout < 1
+        plain = 3.0 if conditional_text else 1.0  # as measured: assets/README.md, "Text to image"
         scale = {None: plain, "none": plain, "self": 1.78}.get(guide, 1.42)  # RAEv2's, the paper's
     if guide == "none" or scale == 1:
         guide = None
@@ -186,15 +181,13 @@ def load(args, device):
                        "give a --guide that was trained on the same latents and classes")
 
     # Which guidance this model can have
-    unconditional = not (model.classes or model.text) or args.classes == ["none"]
-    if unconditional and scale != 1 and not weak:
-        raise UserError("classifier-free guidance needs classes: without any, give --scale 1 or"
-                        " --guide")
     if not model.classes and args.classes and args.classes != ["none"]:
         raise UserError(f"{run} was trained without labels, and has no classes: leave --classes out")
-    if scale != 1 and not weak and not model.label_dropout:
-        raise UserError(f"{run} was trained with --label-dropout 0 and has no null class, no empty"
-                        " caption: guide it by another model, --guide")
+    labelled = (model.classes or model.text) and args.classes != ["none"]
+    labelled = labelled and 0 < model.label_dropout < 1
+    if scale != 1 and not weak and not labelled:
+        raise UserError("classifier-free guidance needs labels or captions, and a model trained with a"
+                        " --label-dropout above 0: give --scale 1, or another model, --guide")
     if scale == 1 and args.interval:
         raise UserError("--interval is about guidance: give --scale or --guide as well")
     null = "the empty caption" if model.text else "the null class"
@@ -207,15 +200,12 @@ def load(args, device):
 
 def columns_of(args, model, device):
     """(names, y) of P columns: y labels (P,) or captions (P,L...). Sets model.empty_caption."""
-    if not model.text:
-        classes = pick_classes(args.classes, model.classes) if model.classes else [model.num_classes]
-        names = [str(model.classes[i]) if i < len(model.classes) else "no class" for i in classes]
-        return names, torch.tensor(classes)
-    prompts = []
-    for prompt in args.prompt or model.captions["examples"]:
-        is_file = args.prompt and prompt.endswith(".txt")
-        prompts += Path(prompt).read_text("utf-8-sig").splitlines() if is_file else [prompt]
-    return prompts, load_text(model, device)(prompts)  # (P, L), or (P, L, E)
+    if model.text:
+        names = sum(map(lines_of, args.prompt or []), []) or model.examples
+        return names, load_text(model, device)(names)  # (P, L), or (P, L, E)
+    y = pick_classes(args.classes, model.classes) if model.classes else [model.num_classes]
+    names = [str(model.classes[i]) if i < len(model.classes) else "no class" for i in y]
+    return names, torch.tensor(y)
 
 
 def main():

@@ -343,14 +343,12 @@ def cosine_lr(step, peak, warmup, length):
 
 def load_frozen(args, rae, dataset, held_out, saved, with_disc, device):
     """Load the RAE's encoder, try to read the images, and set the statistics of the latents: the
-    checkpoint's, or measured now. Returns (LPIPS or None, discriminator or None, whether rae.pt keeps
-    the encoder)."""
+    checkpoint's, or measured now. Returns (LPIPS or None, discriminator or None, what rae.pt
+    keeps of the RAE beside its decoder)."""
     weights = saved["encoder"] if saved else args.encoder_weights  # a run keeps its encoder
     rae.load_encoder(weights)
     perceptual = load_lpips(device, args.lpips_vgg) if args.lpips_weight else None
-    disc = None
-    if with_disc:
-        disc = Discriminator(args.disc, args.disc_weights).to(device)
+    disc = Discriminator(args.disc, args.disc_weights).to(device) if with_disc else None
     try_to_read(dataset, held_out, workers=args.workers)
     if saved:
         mean, var = saved["mean"], saved["var"]
@@ -359,8 +357,9 @@ def load_frozen(args, rae, dataset, held_out, saved, with_disc, device):
         mean, var = latent_statistics(rae, dataset, 64, device, args.workers)
     rae.mean.copy_(mean)
     rae.var.copy_(var)
-    keep_encoder = weights is not None or args.encoder.startswith("tiny")  # no hub has it
-    return perceptual, disc, keep_encoder
+    no_hub_has_it = weights is not None or args.encoder.startswith("tiny")
+    encoder = rae.encoder if no_hub_has_it else None
+    return perceptual, disc, dict(config=rae.config, mean=rae.mean, var=rae.var, encoder=encoder)
 
 
 def trained_parts(args, decoder, disc, disc_was_trained, saved):
@@ -370,25 +369,16 @@ def trained_parts(args, decoder, disc, disc_was_trained, saved):
         other = load_rae(args.init, decode_only=True).decoder
         load_strict(decoder, other.state_dict(), f"--init {args.init}")
     adamw = partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    parts = dict(model=decoder, optimizer=adamw(decoder.parameters()))  # lr: at each step
+    ema = ModelEmaV3(decoder, decay=args.ema)
+    optimizer = adamw(decoder.parameters())  # the loop sets its lr
+    parts = dict(model=decoder, ema=ema.module, optimizer=optimizer)
     if disc:
         parts |= dict(disc=disc.heads, disc_optimizer=adamw(disc.heads.parameters()))
-    ema = ModelEmaV3(decoder, decay=args.ema)
-    parts["ema"] = ema.module
     if saved and disc_was_trained and not saved.get("disc"):
         raise UserError("the run went on without discriminator: resume with --gan-weight 0")
     if saved:
-        restore(parts, saved)  # a run meant to end before --disc-start has none in its file: it is new
+        restore(parts, saved)  # a run that was to end before --disc-start saved no disc: it is new
     return parts, ema
-
-
-def save_rae(path, rae, keep_encoder, parts, **state):
-    """Write a rae.pt, on rank 0; parts: {name: module or optimiser}."""
-    if dist.get_rank() == 0:
-        encoder = rae.encoder.state_dict() if keep_encoder else None
-        parts = {name: part.state_dict() for name, part in parts.items()}
-        save_checkpoint(path, config=rae.config, mean=rae.mean, var=rae.var, encoder=encoder,
-                        **state, **parts)
 
 
 def score_and_draw(run, rae, decoder, held_out, examples, perceptual, step, workers):
@@ -412,7 +402,7 @@ def main():
     data = absolute_path(args.data or default_data(rae))
     dataset = open_data(data, rae.output_size, crop=True)
     held_out = open_val(args.val, data, rae.output_size)
-    epoch = len(dataset) / args.batch  # in steps, not whole
+    epoch = len(dataset) / args.batch  # steps of an epoch, a fraction
     schedule = math.ceil(args.epochs * epoch)
     total = min(schedule, args.steps or schedule)
     disc_begin = math.ceil(args.disc_start * epoch)
@@ -431,17 +421,17 @@ def main():
     # Frozen networks and latent statistics
     centred = centre_crops(dataset)
     with_disc = args.gan_weight > 0 and disc_begin < total
-    perceptual, disc, keeps = load_frozen(args, rae, centred, held_out, saved, with_disc, device)
-    save = partial(save_rae, rae=rae, keep_encoder=keeps, fixed=fixed, data=data)
+    perceptual, disc, frozen = load_frozen(args, rae, centred, held_out, saved, with_disc, device)
+    save = partial(save_checkpoint, **frozen, fixed=fixed, data=data)
     if not rae.spec.timm:
-        save(run / "rae.pt", step=0, parts=dict(model=decoder, ema=decoder))
+        save(run / "rae.pt", step=0, model=decoder, ema=decoder)
         return say(f"wrote {run}/rae.pt, pixels need no decoder."
                    f" Next: {command('train_dit.py', '--run', run)}")
 
     parts, ema = trained_parts(args, decoder, disc, disc and step > disc_begin, saved)
     if not saved:
-        save(run / "rae.pt", step=step, parts=parts)  # the statistics, which take long
-    saved = None  # else the old file stays mapped, and on the disk
+        save(run / "rae.pt", step=step, **parts)  # the statistics, which take long
+    saved = None  # else the replaced file stays mapped, and so on the disk
 
     # Arithmetic, ranks, the order of the images
     dtype, autocast = autocast_for(args.dtype, device)
@@ -476,7 +466,7 @@ def main():
                 copies = rae.decode(noisy, ddp)                                # (B, 3, H, W)
                 losses = reconstruction_losses(copies, images, perceptual, args.lpips_weight)
                 loss = losses["loss"]
-                if use_gan:  # raise the logits, without a margin; eval: no power iteration
+                if use_gan:  # the decoder raises the logits; eval: no power iteration
                     gan = -disc.eval()(augment(copies * 2 - 1, mix(keys, 1))).mean()
             # Outside autocast: inside, fp32 layers would have matrix products in bf16
             if use_gan:
@@ -515,12 +505,12 @@ def main():
                    **speed(since, step, total, args.batch, flops))
             since = step, time.time()
         if step % args.save_every == 0 or step == total or stop:
-            save(run / "rae.pt", step=step, parts=parts)  # first: a stopped run has seconds
+            save(run / "rae.pt", step=step, **parts)  # first: a stopped run has seconds
             if not stop:
                 score_and_draw(run, rae, ema.module, held_out, examples, perceptual, step, args.workers)
             since = step, time.time()
         if args.keep_every and step % max(1, round(args.keep_every * epoch)) == 0:
-            save(run / f"rae_{step:07d}.pt", step=step, parts=dict(ema=ema.module))
+            save(run / f"rae_{step:07d}.pt", step=step, ema=ema.module)
             since = step, time.time()
     if stop:
         return say(f"stopped; {run}/rae.pt is at step {step}, and the same command goes on")

@@ -40,14 +40,14 @@ SIZES = {            # width: depth, heads
     1024: (24, 16),  # L
     1152: (28, 16),  # XL
 }
-LEAST_T = 0.05  # RAEv2: v = (x_t - x) / max(t, LEAST_T), of the predicted x and of the target
+LEAST_T = 0.05  # RAEv2: x_t - x is divided by no smaller t, in the prediction and in its target
 
 
 # Captions -> y, as a text model encodes them (arXiv 2601.16208)
 
 class Words:
     """Captions -> word indices (B,L), whose vectors the DiT learns; -1 behind the end of a caption.
-    Index 0 begins each caption, and is all of the empty one. Errors: unknown words."""
+    Each caption begins with index 0; the empty one is index 0 alone. Errors: unknown words."""
     def __init__(self, vocabulary, length):
         self.source = dict(model="words", length=length, vocabulary=vocabulary)
         self.config = dict(words=len(vocabulary) + 1, length=length)  # for DiT
@@ -77,16 +77,13 @@ class FrozenText:
     def __init__(self, name, length, device):
         try:
             from transformers import AutoModel, AutoTokenizer  # wanted here alone
-        except ImportError:
-            raise UserError(f"--text {name} needs transformers: pip install transformers, or take"
-                            " --text words") from None
-        try:
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             model = AutoModel.from_pretrained(name)
-        except Exception as error:  # no network, no such model: each has its own kind
-            said = str(error).strip().splitlines()[0]
-            raise UserError(f"--text {name}: no text model of the hub or folder ({said:.120}); without"
-                            " a network, name the folder of one that was brought") from None
+        except Exception as error:  # not installed, no network, no such model: each has its own kind
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UserError(f"--text {name}: no text model of the hub or folder ({said:.120}): pip install"
+                            " transformers, name the folder of a model that was brought, or take"
+                            " --text words") from None
         model = model.get_encoder() if model.config.is_encoder_decoder else model
         model = getattr(model, "text_model", model)  # CLIP has an image model, too
         weights = sum(p.double().abs().sum() for p in model.parameters())  # a fingerprint
@@ -99,8 +96,8 @@ class FrozenText:
     @torch.no_grad()
     def __call__(self, captions):
         length = self.source["length"]
-        empty = self.tokenizer.eos_token or ""  # some make no token of the empty caption
-        captions = [caption or empty for caption in captions]
+        empty = self.tokenizer.eos_token or ""  # some tokenizers make no token of an empty caption
+        captions = [caption.strip() or empty for caption in captions]
         if max(map(len, self.tokenizer(captions).input_ids)) > length:
             warnings.warn(f"captions of more than {length} tokens are cut: see --text-length")
         tokens = self.tokenizer(captions, padding=True, truncation=True, max_length=length,
@@ -109,27 +106,9 @@ class FrozenText:
         return states * tokens.attention_mask[..., None]
 
 
-def open_text(model, length, device, vocabulary=None):
-    """The text model `words`, of that vocabulary, or a frozen one by its name."""
-    return Words(vocabulary, length) if model == "words" else FrozenText(model, length, device)
-
-
-def vocabulary_of(dataset, args):
-    """The words of --text words: of the model that --init names, else of all captions, sorted."""
-    if args.text != "words":
-        return None
-    if args.init:
-        captions = load_dit(args.init).captions or {}
-        if "vocabulary" not in captions:
-            raise UserError(f"--init {args.init} was not trained with --text words: name another")
-        return captions["vocabulary"]
-    lines = (line for index in range(len(dataset)) for line in dataset.captions(index))
-    return sorted({word for line in lines for word in Words.split(line)})
-
-
 def null_of(model, y):
     """The null class or the empty caption, repeated to the shape of y."""
-    if getattr(model, "text", None) is None:
+    if y.ndim == 1:
         return torch.full_like(y, model.num_classes)
     null = model.empty_caption.to(y)  # (1, l) or (1, l, E)
     pad = y.new_full((1, y.shape[1] - null.shape[1], *y.shape[2:]), -1 if y.ndim == 2 else 0)
@@ -165,8 +144,7 @@ class AdaRMSNorm(nn.RMSNorm):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with rotary positions: x (B,N,width) -> the same. mask: of keys, with
-    captions; queries and keys are normalised then."""
+    """Multi-head attention with rotary positions: x (B,N,width) -> the same; mask: of keys."""
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
@@ -177,8 +155,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (B, N, 3, heads, C)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                 # each (B, heads, N, C)
         if mask is not None:  # with captions: keeps attention from settling on a few words early
-            q = F.rms_norm(q.float(), q.shape[-1:], eps=1e-6)
-            k = F.rms_norm(k.float(), k.shape[-1:], eps=1e-6)
+            q, k = [F.rms_norm(x.float(), x.shape[-1:], eps=1e-6) for x in (q, k)]
         x = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, mask)
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, width)
 
@@ -229,22 +206,17 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """Diffusion transformer on latent tokens; head > 0 adds a DDT head of that width (DiT^DH).
 
-    Parameters carry the released names. Errors: heads that do not divide a width into multiples
-    of 4 channels (2-D RoPE), tokens that form no square. Sections 4.1 and 5.
-
-    RAEv2: predict "x": the last layer gives the clean latent, of which forward makes v;
-    base_head k: a second, weaker output after block k.
-
-    text: the config of a text model. y is then encoded captions, whose tokens join the image's, and
-    num_classes is not used. arXiv 2601.16208.
+    predict "x" (RAEv2): the last layer gives the clean latent, of which forward makes v.
+    base_head k (RAEv2): a second, weaker output after block k. text: the config of a text model,
+    whose captions take the place of classes. Parameters carry the released names. Errors: heads that
+    do not divide a width into multiples of 4 channels (2-D RoPE), tokens that form no square.
     """
     def __init__(self, tokens=256, token_dim=768, width=1152, depth=28, heads=16, head=2048, head_depth=2,
                  head_heads=16, num_classes=1000, predict="v", base_head=0, text=None):
         super().__init__()
         self.config = dict(tokens=tokens, token_dim=token_dim, width=width, depth=depth, heads=heads,
                            head=head, head_depth=head_depth, head_heads=head_heads,
-                           num_classes=num_classes, predict=predict, base_head=base_head)
-        self.config |= dict(text=text) if text else {}
+                           num_classes=num_classes, predict=predict, base_head=base_head, text=text)
         self.text = text
         self.num_classes = num_classes  # the null class's index, too
         self.depth = depth              # of the backbone; the head's blocks follow
@@ -288,7 +260,6 @@ class DiT(nn.Module):
         if base_head:                                            # RAEv2
             self.base_layer = FinalLayer(width, token_dim)
         self.initialize()
-        self.empty_caption = None  # who samples or trains sets it: text([""])
 
     def add_angles(self, prefix, side, head_dim):
         angles = grid_angles(side, head_dim)  # (N, head_dim/2): rows turn the first half
@@ -327,7 +298,7 @@ class DiT(nn.Module):
         """y (B,L) or (B,L,E) -> tokens (B,L,W), which of them are no padding (B,L)."""
         if "words" in self.text:
             x = self.word_embedder(y.clamp(min=0)) + self.word_positions[:y.shape[1]]
-            before = F.pad(x[:, :-1], (0, 0, 1, 0))  # "dark blue", "small blue": what is blue?
+            before = F.pad(x[:, :-1], (0, 0, 1, 0))  # the word before: "dark blue" is a ground's blue
             return self.word_mlp(torch.cat([x, before], 2)), y >= 0
         return self.text_embedder(y), y.any(2)
 
@@ -338,12 +309,10 @@ class DiT(nn.Module):
         N = x_t.shape[1]
         t_e = self.t_embedder(t)[:, None]              # (B, 1, W)
         s = self.s_embedder(x_t) + self.pos_embed      # (B, N, W)
-        c = t_e
+        c = t_e if self.text else t_e + self.y_embedder(y)[:, None]  # (B, 1, W)
         cos, sin = self.cos, self.sin
         mask = None
-        if self.text is None:
-            c = t_e + self.y_embedder(y)[:, None]      # (B, 1, W)
-        else:  # captions are further tokens of the sequence: no RoPE, padding masked
+        if self.text:  # captions are further tokens of the sequence: no RoPE, padding masked
             caption, real = self.embed_caption(y)      # (B, L, W), (B, L)
             s = torch.cat([s, caption], 1)             # (B, N + L, W)
             cos = F.pad(cos, (0, 0, 0, y.shape[1]), value=1.0)
@@ -382,8 +351,8 @@ def shift_alpha(tokens, token_dim, base=4096):
 def time_shift(t, alpha):
     """t in [0,1] -> alpha t / (1 + (alpha - 1) t) in [0,1]: alpha > 1 moves time towards noise.
 
-    Why: channels are redundant, so that at equal t a large latent is easier to see through the
-    noise. The shift trains it at noisier t, where it is as hard (theory/noise_shift.py).
+    Why: channels are redundant. At equal t more of a large latent can be guessed through the noise.
+    The shift moves its training to noisier t, where guessing is as hard (theory/noise_shift.py).
     """
     return alpha * t / (1 + (alpha - 1) * t)
 
@@ -404,11 +373,7 @@ def draws_of(z, keys, alpha, time):
 
 def flow_matching_loss(model, z, y, alpha, keys=None, label_dropout=0.0, time="logit-normal"):
     """|| model(x_t, t, y) - v ||^2, a mean (section 3.2); z (B,N,D) latents, y (B,) labels or
-    captions as a text model gives them.
-
-    keys (B,) make all draws functions of the sample; label_dropout: the share of null labels.
-    RAEv2: with a base head it is the sum of two losses.
-    """
+    captions as a text model gives them; keys: see draws_of; label_dropout: the share of null y."""
     net = getattr(model, "module", model)          # without DDP; a plain function has no attributes
     eps, t, coin = draws_of(z, keys, alpha, time)  # (B, N, D), (B,), (B,)
     if label_dropout:                              # so that the model knows the null class
@@ -447,13 +412,8 @@ def conditional(model, y, *base):
 # Loading and looking
 
 def load_dit(path_or_name, device="cpu"):
-    """A DiT for use (EMA, eval mode): from a dit.pt, its run's folder or release:NAME.
-
-    What sampling needs is on it: alpha, classes ([]: unconditional), rae (the autoencoder's path)
-    and latents (what its latents are), guide (an AutoGuidance model's path, or None), its scale,
-    label_dropout, step; of a text model also captions, its source (for open_text) and examples.
-    Errors: no file, or another kind of file.
-    """
+    """A DiT for use (EMA, eval mode): from a dit.pt, its run's folder or release:NAME; with what
+    sampling needs as its attributes. Errors: no file, or another kind of file."""
     path = locate(path_or_name, "dit.pt")  # release:NAME is converted here
     saved = read_weights(path)
     config = saved.get("config", {})
@@ -461,45 +421,48 @@ def load_dit(path_or_name, device="cpu"):
         raise UserError(f"{path} is no dit.pt, as train_dit.py writes it (a rae.pt? a released"
                         " file? `release:NAME` reads those)")
     model = DiT(**config)
-    averaged = {key: value.float() for key, value in saved["ema"].items()}
-    load_strict(model, averaged, str(path))
+    load_strict(model, saved["ema"], path)
     fixed = saved.get("fixed", {})
     model.step = saved.get("step")
     model.label_dropout = fixed.get("label_dropout", 0.1)
-    model.latents = saved.get("latents") or fixed.get("latents")
+    model.latents = saved.get("latents") or fixed.get("latents")  # RAE.latents of its autoencoder
     model.alpha = saved["alpha"]
-    model.classes = saved["classes"]
+    model.classes = saved["classes"]  # []: unconditional, or of captions
     model.rae = saved.get("rae") or str(path.parent / "rae.pt")
+    # AutoGuidance's model and scale, or None
     model.guide = str(path.parent / saved["guide"]) if saved.get("guide") else None
     model.scale = saved.get("scale")
-    model.captions = saved.get("captions")
+    model.captions = dict(saved.get("captions") or {})  # {}, or the text model's source
+    model.examples = model.captions.pop("examples", [])  # captions of the training set
     return model.eval().requires_grad_(False).to(device)
 
 
 def load_text(model, device):
     """What encoded the captions of a DiT's training; sets the model's empty caption, for guidance.
     Errors: the text model is not there, or is another now."""
-    source = {key: value for key, value in model.captions.items() if key != "examples"}
-    text = open_text(source["model"], source["length"], device, source.get("vocabulary"))
+    source = model.captions
+    if source["model"] == "words":
+        text = Words(source["vocabulary"], source["length"])
+    else:
+        text = FrozenText(source["model"], source["length"], device)
     refuse_changes("the text model is not that of the training", source, text.source, "bring it back")
     model.empty_caption = text([""])
     return text
 
 
 @torch.no_grad()
-def evaluate_dit(model, rae, dataset, alpha, device, unconditional=False, workers=None, batch=64,
-                 most=1024, text=None):
-    """{n, fd, loss@0.1, ...} of at most `most` held-out images. n: how many. loss@0.1: at t = 0.1.
+def evaluate_dit(model, rae, dataset, alpha, device, text, unconditional, workers):
+    """{n, fd, loss@0.1, ...} of at most 1,024 held-out images. n: how many. loss@0.1: at t = 0.1.
     fd: Fréchet distance between the mean tokens of real latents and of latents generated for the
     same labels in 25 steps. Call it on all ranks."""
     times = (0.1, 0.3, 0.5, 0.7, 0.9)  # as they are, not shifted
-    n = min(most, len(dataset))
+    n = min(1024, len(dataset))
     losses = torch.zeros(len(times), device=device)         # sums over images
     means = torch.zeros(2, n, rae.token_dim, device=device)  # of real and generated images
     seen = torch.zeros(n, device=device)
     ranks = dist.get_rank(), dist.get_world_size()
-    for images, y, numbers in in_order(dataset, batch, device, *ranks, workers, n):
-        y = text(y).to(device) if text else y
+    for images, y, numbers in in_order(dataset, 64, device, *ranks, workers, n):
+        y = (text(y) if text else y).to(device)
         if unconditional:
             y = null_of(model, y)
         z = rae.encode(images)  # (B, N, D)
@@ -527,9 +490,8 @@ def samples(model, rae, alpha, columns):
     encoded captions, at most ten."""
     device = rae.mean.device
     y = columns[torch.arange(50) % len(columns)].to(device)
-    size = rae.num_tokens * rae.token_dim
-    noise = normals(mix(0, torch.arange(50)), size, torch.device("cpu")).to(device)
-    noise = noise.view(50, rae.num_tokens, rae.token_dim)
+    noise = normals(mix(0, torch.arange(50)), rae.num_tokens * rae.token_dim, torch.device("cpu"))
+    noise = noise.view(50, rae.num_tokens, rae.token_dim).to(device)
     z = euler(conditional(model, y), noise, sample_times(25, alpha))  # (50, N, D)
     return rae.decode(z).float()
 
@@ -567,14 +529,14 @@ def flags():
     add("--val", help="held-out images for --eval-every; by default DATA/val, or held-out shapes")
     add("--init", help="begin with the weights of this run, dit.pt or release:NAME")
     # the model
-    add("--width", type=at_least(4), help="of the backbone: 384 S, 768 B, 1024 L, 1152 XL; sets depth, heads")
+    add("--width", type=at_least(4), help="backbone: 384 S, 768 B, 1024 L, 1152 XL; sets depth, heads")
     add("--depth", type=count, help="backbone blocks; by default by width")
     add("--heads", type=count, help="backbone attention heads; by default by width")
     add("--head", type=at_least(0), help="width of the DDT head, at least the token dimension; 0: none")
     add("--head-depth", type=count, help="blocks of the DDT head")
     add("--head-heads", type=count, help="attention heads of the DDT head")
-    add("--predict", choices=("v", "x"), default="v", help="what the last layer gives: velocity, or latent")
-    add("--base-head", type=at_least(0), default=0, help="a second output after this block, for --guide self")
+    add("--predict", choices=("v", "x"), default="v", help="what the last layer gives: v, or the latent")
+    add("--base-head", type=at_least(0), default=0, help="block with a second output, for --guide self")
     add("--text", help="captions in place of classes, by `words` or a frozen text model's name or folder")
     add("--text-length", type=count, default=77, help="tokens of a caption, at most")
     # flow matching
@@ -583,7 +545,7 @@ def flags():
     add("--shift-base", type=at_least(1e-3, float), help="the 4096 in alpha = sqrt(N D / 4096)")
     add("--label-dropout", type=at_least(0, float, 1), help="share of null labels; 1: unconditional")
     # how long, and how
-    add("--epochs", type=at_least(1e-12, float), help="length of training; an epoch of shapes has 50,000 images")
+    add("--epochs", type=at_least(1e-12, float), help="length of training; shapes: 50,000 images an epoch")
     add("--steps", type=count, help="stop after so many optimiser steps, with the same schedule")
     add("--batch", type=count, help="images per optimiser step, over all ranks")
     add("--micro", type=count, help="images of a rank at a time, at most; gradients add up to --batch")
@@ -592,8 +554,9 @@ def flags():
     add("--decay-start", type=amount,
         help="epoch where the lr begins to fall; by default 40, never without a head")
     add("--decay-end", type=amount,
-        help="epoch where the lr has reached a tenth, linearly; tiny encoders: by default the last")
-    add("--clip", type=amount, help="largest gradient norm, 0: no clipping; by default 1 with a head, else 0")
+        help="epoch where the lr has fallen, linearly, to a tenth; tiny encoders: by default the last")
+    add("--clip", type=amount,
+        help="largest gradient norm, 0: no clipping; by default 1 with a head, else 0")
     add("--ema", type=at_least(0, float, 1),
         help="decay of the average of the weights; by default .9995, without a head .9999")
     add("--seed", type=at_least(0, int, 2 ** 62), default=0, help="of weights, data order and all draws")
@@ -645,14 +608,12 @@ def linear_lr(step, epoch, args):
 def find_autoencoder(args):
     """(path of the autoencoder, run folder); folder None: main takes out/ENCODER. Errors: a run
     without autoencoder, and none named."""
-    run = Path(args.run) if args.run else None
     if args.rae:
-        return args.rae, run
-    if run and not (run / "rae.pt").exists():
-        raise UserError(f"{run} has no rae.pt: name an autoencoder, --rae out/ENCODER or assets/demo")
-    if run:
-        return run / "rae.pt", run
-    path = newest_run("rae.pt")  # of out/, or the demo's
+        return args.rae, args.run
+    path = Path(args.run, "rae.pt") if args.run else newest_run("rae.pt")  # of out/, or the demo's
+    if not path.exists():
+        raise UserError(f"{args.run} has no rae.pt: name an autoencoder, --rae out/ENCODER or"
+                        " assets/demo")
     return path, None if ROOT / "assets" in path.parents else path.parent
 
 
@@ -662,12 +623,11 @@ def open_sets(args, rae, rae_path):
     if not args.data and data != "shapes" and not Path(data).is_dir():
         raise UserError(f"{data}, on which {rae_path} was trained, is not there: name it, or other"
                         " images, with --data")
-    captioned = bool(args.text)
-    dataset = open_data(data, rae.output_size, captioned=captioned)
-    held_out = open_val(args.val, data, rae.output_size, captioned) if args.eval_every else None
+    dataset = open_data(data, rae.output_size, captioned=bool(args.text))
+    held_out = open_val(args.val, data, rae.output_size, bool(args.text)) if args.eval_every else None
     if args.eval_every and not held_out:
         raise UserError(f"--eval-every needs held-out images, and {data} has no val/: give --val")
-    if held_out and held_out.classes != dataset.classes:
+    if held_out and not args.text and held_out.classes != dataset.classes:
         odd = sorted({*held_out.classes} ^ {*dataset.classes})
         raise UserError(f"--val has other classes than --data: {', '.join(odd[:6])}"
                         " are in one of them alone")
@@ -675,22 +635,17 @@ def open_sets(args, rae, rae_path):
 
 
 def open_captions(args, dataset, device):
-    """(text model, what dit.pt keeps of it: its source, and captions for pictures); of a class model
-    (None, None)."""
+    """(text model, ten captions for pictures); of a class model (None, [])."""
     if not args.text:
-        return None, None
-    text = open_text(args.text, args.text_length, device, vocabulary_of(dataset, args))
+        return None, []
     examples = [dataset[index, index][1] for index in evenly(len(dataset), 10)]
-    return text, dict(text.source, examples=examples)
-
-
-def picture_columns(model, text, captions, unconditional):
-    """What the pictures' columns show, at most ten: examples of captions, or classes far apart."""
-    if text:
-        return text([""] if unconditional else captions["examples"])
-    classes = model.num_classes
-    columns = torch.arange(10) * max(1, classes // 10) % classes
-    return torch.full_like(columns, classes) if unconditional else columns
+    if args.text != "words":
+        return FrozenText(args.text, args.text_length, device), examples
+    # The words of the model that --init names, else of all captions
+    known = load_dit(args.init).captions.get("vocabulary") if args.init else None
+    lines = (line for index in range(len(dataset)) for line in dataset.captions(index))
+    vocabulary = known or sorted({word for line in lines for word in Words.split(line)})
+    return Words(vocabulary, args.text_length), examples
 
 
 def warn_if_narrow(config):
@@ -719,13 +674,6 @@ def initial_weights(args, model):
     return weights
 
 
-def save_dit(path, parts, **state):
-    """Write a dit.pt, on rank 0; parts: {name: module or optimiser}."""
-    if dist.get_rank() == 0:
-        parts = {name: part.state_dict() for name, part in parts.items()}
-        save_checkpoint(path, **state, **parts)
-
-
 def main():
     args = parse_args()  # for --rae and --run: what the recipe is, the autoencoder decides
     device, rank, world = start()
@@ -737,14 +685,13 @@ def main():
     unconditional = args.label_dropout == 1  # no label is ever seen
     alpha = 1 if args.no_shift else shift_alpha(rae.num_tokens, rae.token_dim, args.shift_base)
     data, dataset, held_out = open_sets(args, rae, rae_path)
-    text, captions = open_captions(args, dataset, device)
-    epoch = len(dataset) / args.batch  # in steps, not whole
-    total = math.ceil(args.epochs * epoch)
-    total = min(total, args.steps or total)
+    text, examples = open_captions(args, dataset, device)
+    epoch = len(dataset) / args.batch  # steps of an epoch, a fraction
+    total = min(math.ceil(args.epochs * epoch), args.steps or math.inf)
     micro, accum = micro_batch(args.batch, args.micro, world)
 
     # The run's folder, and where an earlier start of this command left it
-    run = run or Path(f"out/{rae.name}")
+    run = Path(run or f"out/{rae.name}")
     lock_run(run)
     config = {name: getattr(args, name) for name in (
         "width", "depth", "heads", "head", "head_depth", "head_heads", "predict", "base_head")}
@@ -762,8 +709,7 @@ def main():
     # The model, the average of its weights, the optimiser: new, or as an earlier start left them
     torch.manual_seed(args.seed)  # of the weights
     model = DiT(**config).to(device)
-    model.empty_caption = text([""]) if text else None  # label dropout and guidance need it
-    columns = picture_columns(model, text, captions, unconditional)
+    model.empty_caption = text([""]) if text else None  # label dropout needs it
     if args.init and not saved:
         load_strict(model, initial_weights(args, model), f"--init {args.init}")
     ema = ModelEmaV3(model, decay=args.ema)
@@ -771,12 +717,18 @@ def main():
     parts = dict(model=model, ema=ema.module, optimizer=optimizer)
     if saved:
         restore(parts, saved)
-        saved = None  # else the old file stays mapped, and on the disk
+        saved = None  # else the replaced file stays mapped, and so on the disk
 
     same_folder = locate(rae_path, "rae.pt").resolve() == (run / "rae.pt").resolve()
-    save = partial(save_dit, config=config, fixed=fixed, data=data, alpha=alpha, captions=captions,
+    save = partial(save_checkpoint, config=config, fixed=fixed, data=data, alpha=alpha,
+                   captions=dict(text.source, examples=examples) if text else None,
                    classes=[] if unconditional or text else dataset.classes,
                    rae=None if same_folder else absolute_path(rae_path))
+
+    # What the pictures' columns show: the examples, or ten classes far apart
+    classes = len(dataset.classes)
+    columns = text(examples) if text else torch.arange(10) * max(1, classes // 10) % classes
+    columns = null_of(model, columns) if unconditional else columns
 
     # Arithmetic, ranks, the order of the images
     dtype, autocast = autocast_for(args.dtype, device)
@@ -802,9 +754,8 @@ def main():
     while step < total and not stop:
         for i in range(accum):
             images, y, keys = next(loader)
-            if text:                                         # a caption may say left or right: no mirroring
-                y = text(y).to(device)
-            else:
+            y = (text(y) if text else y).to(device, non_blocking=True)
+            if not text:                                     # captions name sides: no mirroring
                 mirrored = (keys & 1).bool().to(device, non_blocking=True)  # each image's own coin
                 images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
             z = rae.encode(images)                           # (B, N, D)
@@ -827,17 +778,17 @@ def main():
                    **speed(since, step, total, args.batch, flops))
             since = step, time.time()
         if step % args.save_every == 0 or step == total or stop:
-            save(run / "dit.pt", parts=parts, step=step)  # first: a stopped run has seconds
+            save(run / "dit.pt", **parts, step=step)  # first: a stopped run has seconds
             if rank == 0 and not stop:
                 pictures = samples(ema.module, rae, alpha, columns)
                 save_picture(pictures, run / f"samples/{step:07d}.png", nrow=len(columns))
             since = step, time.time()
         if args.keep_every and step % max(1, round(args.keep_every * epoch)) == 0:
-            save(run / f"dit_{step:07d}.pt", parts=dict(ema=ema.module), step=step)
+            save(run / f"dit_{step:07d}.pt", ema=ema.module, step=step)
             since = step, time.time()
         if held_out and step % args.eval_every == 0 and not stop:
-            found = evaluate_dit(ema.module, rae, held_out, alpha, device, unconditional, args.workers,
-                                 text=text)
+            found = evaluate_dit(ema.module, rae, held_out, alpha, device, text, unconditional,
+                                 args.workers)
             record(run, stage=2, step=step, **found)
             since = step, time.time()
     if stop:

@@ -61,7 +61,7 @@ def linear_probe(train_features, train_labels, test_features, test_labels):
 @torch.no_grad()
 def mean_tokens(rae, dataset, num=None):
     """(mean tokens (N,D), labels (N,)) of `num` images; broken files are left out."""
-    found = [(rae.tokens(images).mean(1), labels)
+    found = [(rae.tokens(images).mean(1), labels.to(images.device))
              for images, labels, _ in in_order(centre_crops(dataset), 64, rae.mean.device, most=num)]
     features, labels = map(torch.cat, zip(*found))
     return features, labels

@@ -292,9 +292,23 @@ def test_too_little_shared_memory_is_told_before_training(photos, monkeypatch):
     free = {"/dev/shm": usage._replace(free=64 * 2 ** 20)}
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free.get(path, usage))
     with pytest.raises(UserError, match="4 loader processes need 108 MiB in /dev/shm, which has 64: .*--shm-size.*--workers 0"):
-        rae.loader_of(data, [], 64, 4)
-    rae.loader_of(data, [], 64, 0)
-    rae.loader_of(data, [], 64, 2)
+        list(rae.batches(data, [], 64, 4, torch.device("cpu")))
+    list(rae.batches(data, [], 64, 0, torch.device("cpu")))
+    list(rae.batches(data, [], 64, 2, torch.device("cpu")))
+    for name, value in dict(TORCHELASTIC_RUN_ID="x", LOCAL_WORLD_SIZE="2").items():
+        monkeypatch.setenv(name, value)                                       # two ranks share it
+    with pytest.raises(UserError, match="4 loader processes need 120 MiB"):
+        list(rae.batches(data, [], 64, 2, torch.device("cpu")))
+
+
+def test_one_rank_writes_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(rae.dist, "is_initialized", lambda: True)
+    for rank in (1, 0):
+        monkeypatch.setattr(rae.dist, "get_rank", lambda: rank)
+        rae.save_checkpoint(tmp_path / "x.pt", model=torch.nn.Linear(1, 1), step=3)
+        assert (tmp_path / "x.pt").exists() == (rank == 0)
+    saved = rae.read_weights(tmp_path / "x.pt")
+    assert saved["step"] == 3 and saved["model"].keys() == {"weight", "bias"}
 
 
 # Whom nobody hears

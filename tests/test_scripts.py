@@ -365,7 +365,7 @@ CASES = {  # name: (command, the sentence); words in capitals are places that `b
                              "rae.pt is no dit.pt"),
     "a rae.pt to sample": ("sample.py --run OTHER/rae.pt", "rae.pt is no dit.pt"),
     "a dit.pt to reconstruct": ("rae.py PHOTO --run OTHER/dit.pt", "dit.pt is no rae.pt"),
-    "a grid and an archive": ("sample.py --run OTHER --out a.png --npz a.npz", "--out and --npz"),
+    "a grid and an archive": ("sample.py --run OTHER --out a.png --npz a.npz", "argument --npz: not allowed with argument --out"),
 
     # settings that contradict each other
     "held-out images for nothing": ("train_dit.py DIT --data PHOTOS --rae OTHER --val PHOTOS", "--val is for --eval-every"),

@@ -15,7 +15,7 @@ from PIL import Image
 from assets.shapes import Shapes
 from rae import Folder, UserError, load_rae, mix, normals, open_data, open_val, shuffled
 from sample import guided
-from train_dit import (DiT, FrozenText, Words, flow_matching_loss, load_dit, null_of, open_text, vocabulary_of)
+from train_dit import (DiT, FrozenText, Words, flow_matching_loss, load_dit, null_of, open_captions)
 
 CPU = torch.device("cpu")
 RAE = ROOT / "assets/demo"
@@ -127,7 +127,8 @@ def test_a_picture_has_the_text_beside_it_at_any_depth(tmp_path, capsys):
     texts = {Path(path).name: {data[i, key][1] for key in range(40)} for i, (path, _) in enumerate(data.samples)}
     assert texts == {"a.jpg": {"a bird", "two lines"}, "b.v2.png": {"gr\u00fcn"}, "c.jpg": {""}, "d.jpg": {"caf\ufffd"}}
     assert data[0, 7][1] == data[0, 7][1]
-    assert vocabulary_of(data, type("", (), dict(text="words", init=None))) == ["a", "bird", "caf", "gr\u00fcn", "lines", "two"]
+    text, _ = open_captions(type("", (), dict(text="words", text_length=8, init=None)), data, CPU)
+    assert text.source["vocabulary"] == ["a", "bird", "caf", "gr\u00fcn", "lines", "two"]
 
 
 def test_the_text_wins_over_class_folders_and_train_and_val_may_be_flat(tmp_path):
@@ -227,7 +228,7 @@ def test_a_caption_is_in_context_and_nowhere_else():
 def test_a_class_model_knows_nothing_of_captions():
     torch.manual_seed(0)
     plain = DiT(**SMALL)
-    assert "text" not in plain.config and not [key for key in plain.state_dict() if "word" in key or "text" in key]
+    assert not plain.config["text"] and not [key for key in plain.state_dict() if "word" in key or "text" in key]
     captioned = DiT(**SMALL, text=WORDS)
     assert captioned.config["text"] == WORDS and "y_embedder.weight" not in captioned.state_dict()
     y = torch.tensor([1, 2])
@@ -378,7 +379,7 @@ def test_folders_of_photographs_with_texts_are_trained_on_and_prompted(tmp_path)
     flags = (*DIT, "--rae", RAE, "--data", "data", "--text", "words", "--run", "run")
     text = inside("train_dit.py", *flags, "--steps", 2, cwd=tmp_path)
     assert "24 images, captions by words" in text
-    with pytest.raises(UserError, match="was not trained with --text words"):
+    with pytest.raises(UserError, match="--init .*: weights of another model.*word_embedder"):
         inside("train_dit.py", *flags[:-1], "new", "--init", RAE, cwd=tmp_path)
     captions = load(tmp_path / "run/dit.pt")["captions"]
     assert captions["vocabulary"] == ["0", "1", "2", "3", "4", "number", "photograph"]
@@ -397,9 +398,26 @@ def test_folders_of_photographs_with_texts_are_trained_on_and_prompted(tmp_path)
 
 # Sampling
 
+def test_held_out_captions_may_come_from_elsewhere(tmp_path):
+    for i in range(4):
+        photograph(tmp_path / f"val/{i}.jpg", b"a red ring")
+    text = inside("train_dit.py", *DIT, "--rae", RAE, "--text", "words", "--run", "run", "--val", "val", "--eval-every", 1,
+                  "--steps", 1, cwd=tmp_path)
+    assert "n 4  fd " in text
+
+
+def test_a_model_that_saw_no_caption_is_not_guided(tmp_path):
+    inside("train_dit.py", *DIT, "--rae", RAE, "--text", "words", "--run", "run", "--label-dropout", 1, "--steps", 1, cwd=tmp_path)
+    assert "no guidance" in inside("sample.py", "--run", "run", "--steps", 2, "--num", 2, cwd=tmp_path)
+    with pytest.raises(UserError, match="classifier-free guidance needs labels or captions, and a model trained with"):
+        inside("sample.py", "--run", "run", "--scale", 2, cwd=tmp_path)
+
+
 def test_prompts_are_columns_and_rows_of_a_file(trained, tmp_path):
     text = inside("sample.py", "--run", trained, "--steps", 2, "--prompt", DRAWN, "", "--num", 4, cwd=tmp_path)
     assert "guidance 3 by the empty caption" in text and f"columns {DRAWN}, " in text
+    with pytest.raises(UserError, match="--prompt prompts.txt: no such file"):
+        inside("sample.py", "--run", trained, "--prompt", "prompts.txt", cwd=tmp_path)
     (tmp_path / "prompts.txt").write_text("a ring\na blue heart\n")
     inside("sample.py", "--run", trained, "--steps", 2, "--prompt", "prompts.txt", "a star", "--npz", "s.npz", "--num", 7, cwd=tmp_path)
     with np.load(tmp_path / "s.npz") as archive:
@@ -501,14 +519,14 @@ def test_a_text_model_that_is_not_there_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in (str(tmp_path), "some/model-that-is-not-there"):
         with pytest.raises(UserError, match="--text .*: no text model of the hub or folder") as error:
-            open_text(name, 8, CPU)
+            FrozenText(name, 8, CPU)
         assert "\n" not in str(error.value)
 
 
 def test_without_transformers_one_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-    with pytest.raises(UserError, match="--text bert needs transformers: pip install transformers, or take --text words"):
-        open_text("bert", 8, CPU)
+    with pytest.raises(UserError, match="--text bert: .*pip install transformers, .* or take --text words"):
+        FrozenText("bert", 8, CPU)
 
 
 def test_captions_in_other_words_are_closer_to_their_meaning_than_to_others(tmp_path):

@@ -262,7 +262,8 @@ def average(model, make=train_decoder.ModelEmaV3, **options):
 
 def save_checkpoint(path, save=train_decoder.save_checkpoint, **state):
     save(path, **state)
-    shutil.copy(path, f"step{{state['step']}}.pt")
+    if os.environ.get("RANK", "0") == "0":         # which writes it
+        shutil.copy(path, f"step{{state['step']}}.pt")
 
 train_decoder.Discriminator, train_decoder.adaptive_weight = Recorded, recorded
 train_decoder.ModelEmaV3, train_decoder.save_checkpoint = average, save_checkpoint
