@@ -139,7 +139,6 @@ MUTANTS = [
     ("rae.py",
      "view(accum, world, -1)[:, rank]",
      "view(accum, world, -1)[:, 0]", SCRIPTS + " -k 'stage_1 and 2-2'"),
-    ("rae.py", "torch.arange(batch).view(accum, world, -1)[:, rank]", "torch.arange(batch).view(accum, -1)", SCRIPTS + " -k 'stage_1 and 2-2'"),
     ("rae.py", "    while True:\n", "    step = 0\n    while True:\n", SCRIPTS + " -k resumed"),
     ("rae.py", "non_blocking=True).float() / 255", "non_blocking=True).float() / 256",
      STEPS + " -k a_step_without"),
