@@ -273,7 +273,7 @@ def next_step(args, rae):
         return command("sample.py", *run, "--npz", "samples.npz", "--num", "1000")
     if args.prompt:
         return command("train_dit.py", "--rae", "assets/demo", "--run", "out/text", "--text", "words",
-                       "--time", "uniform")
+                       "--time", "uniform", "--epochs", "5")
     return command("train_decoder.py", "--encoder", "tiny")
 
 
