@@ -208,8 +208,8 @@ def grid_angles(side, dim):
     """Angles (side*side, dim/2) of a square grid's positions: by row, then by column."""
     exponents = torch.arange(dim // 4).double() / (dim // 4)  # 0 to 1
     angles = torch.arange(side)[:, None] * 10000.0 ** -exponents  # (side, dim/4)
-    rows = angles.repeat_interleave(side, 0)
-    columns = angles.repeat(side, 1)
+    rows = angles.repeat_interleave(side, 0)  # 0 0 0 1 1 1 2 2 2
+    columns = angles.repeat(side, 1)          # 0 1 2 0 1 2 0 1 2
     return torch.cat([rows, columns], 1)
 
 
@@ -307,7 +307,7 @@ class RAE(nn.Module):
         self.image_size = image_size
         self.upsample = upsample
         self.config = dict(encoder=encoder, decoder=dict(sizes), image_size=image_size, upsample=upsample)
-        self.num_tokens = (image_size // self.stride) ** 2  # N
+        self.num_tokens = (image_size // self.stride) ** 2  # N, of a square grid
         self.token_dim = self.spec.dim                      # D
         self.output_size = image_size * upsample            # side of decoded images
         self.data = None  # the data set of its training; load_rae sets it ...
@@ -336,7 +336,7 @@ class RAE(nn.Module):
 
     @property
     def std(self):
-        return (self.var + 1e-5).sqrt()  # (N, D)
+        return (self.var + 1e-5).sqrt()  # (N, D), never zero
 
     @property
     def latents(self):
@@ -508,7 +508,7 @@ def center_crop(image, size):
     # ADM halves by boxes first: bicubic alone would give other pixels
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    sides = [round(side * size / min(image.size)) for side in image.size]
+    sides = [round(side * size / min(image.size)) for side in image.size]  # the shorter one is `size`
     left, top = [(side - size) // 2 for side in sides]  # of the crop
     image = image.resize(sides, Image.Resampling.BICUBIC)
     return image.crop((left, top, left + size, top + size))
@@ -559,7 +559,7 @@ def walk(path):
 
 def folders_in(path):
     """Names of the folders in a folder that may be data, sorted."""
-    names = os.listdir(path) if os.path.isdir(path) else []
+    names = os.listdir(path) if os.path.isdir(path) else []  # a file, or nothing, has none
     return sorted(name for name in names if visible(name) and os.path.isdir(Path(path, name)))
 
 
@@ -768,7 +768,7 @@ def batches(dataset, order, batch, workers, device):
 def evenly(length, most=None):
     """At most `most` positions all over a data set, however its classes are ordered."""
     # A fixed stride could always hit the same class: shift the pick a little in every part
-    count = min(length, most or length)
+    count = min(length, most or length)  # of parts, each of which gives one
     return [i * length // count + i % (length // count) for i in range(count)]
 
 
@@ -804,7 +804,7 @@ def micro_batch(batch, micro, world):
     """(images of a rank at a time, accumulation): the fewest equal parts of at most `micro`."""
     if batch % world:
         raise UserError(f"--batch {batch} does not divide over {world} ranks: give a multiple")
-    share = batch // world
+    share = batch // world  # of a rank
     accum = next(k for k in range(1, share + 1) if share % k == 0 and share // k <= micro)
     return share // accum, accum
 
@@ -848,9 +848,9 @@ def ssim(a, b):
     # Local means, variances and covariance, each (3B, 1, H-10, W-10)
     a, b = a.double(), b.double()
     mean_a, mean_b = blur(a), blur(b)
-    var_a = blur(a * a) - mean_a ** 2
+    var_a = blur(a * a) - mean_a ** 2    # E a^2 - (E a)^2
     var_b = blur(b * b) - mean_b ** 2
-    cov = blur(a * b) - mean_a * mean_b
+    cov = blur(a * b) - mean_a * mean_b  # E ab - E a E b
 
     # Luminance, times contrast and structure
     c1, c2 = 0.01 ** 2, 0.03 ** 2  # against small denominators
@@ -960,7 +960,7 @@ STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SLURM, Ctrl-C, a close
 def stop_signal():
     """A flag (a CPU tensor) that STOPS raise, so that the run saves and ends. The second signal
     of a kind ends a lone process at once; torchrun, which repeats signals, kills after 30 s."""
-    flag = torch.zeros(())
+    flag = torch.zeros(())  # a tensor, for any_rank
 
     def stop(number, _):
         flag.fill_(1)
@@ -1015,7 +1015,7 @@ def bytes_for_backward(build, *inputs):
 def say_cost(what, build, *inputs):
     """Tell what training costs, before its first step; returns the forward FLOPs of an image."""
     images = len(inputs[0])
-    size, flops = count_flops(build, *inputs)
+    size, flops = count_flops(build, *inputs)  # parameters; FLOPs of all images
     kept = dist.get_rank() == 0 and bytes_for_backward(build, *inputs)  # for one rank to tell
     memory = f"{size * 20 / 2 ** 30:.2g} GiB of weights, gradients, AdamW's moments and average"
     if kept:
@@ -1036,6 +1036,7 @@ def mean_over_ranks(history, run, step):
     in_a_row, = history.pop("in a row", [0])
     for flag in history["skipped"]:
         in_a_row = (in_a_row + 1) * flag
+    # One row for all: the means over steps, and the skipped steps in a row
     table = torch.stack([*(torch.stack(values).mean() for values in history.values()), in_a_row])
     dist.all_reduce(table)
     *means, lost = (table / dist.get_world_size()).tolist()
@@ -1147,7 +1148,7 @@ def resume(path, fixed):
     # A folder that machines do not share would let them train apart, or hang at an all-reduce
     saved = read_weights(path) if path.exists() else None
     step = saved.get("step", 0) if saved else 0
-    steps = [None] * dist.get_world_size()
+    steps = [None] * dist.get_world_size()  # each rank's
     dist.all_gather_object(steps, step)
     if len({*steps}) > 1:
         raise UserError(f"ranks find {path} at different steps, {min(steps)} to {max(steps)}: the"
@@ -1191,7 +1192,7 @@ def save_checkpoint(path, **state):
              for key, value in state.items()}
     path = Path(path)
     temporary = Path(f"{path}.tmp")
-    versions = dict(torch=str(torch.__version__), timm=timm.__version__)
+    versions = dict(torch=str(torch.__version__), timm=timm.__version__)  # for who debugs it
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
