@@ -4,8 +4,8 @@
     python assets/captions.py text          # tokens or mean, RAE or VAE, shift, head, noise, little data
     python assets/captions.py frozen MODEL  # a frozen text model, and prompts in words that no caption has
 
-Each row of `text` is the bundled model's command with one thing changed; its runs stay under out/ablations, so
-that a second start goes on. After Scale-RAE, arXiv 2601.16208.
+Each row of `text` is one command with one thing changed; its runs stay under out/ablations, so that a second
+start goes on; `--compile` at the end makes training faster. After Scale-RAE, arXiv 2601.16208.
 """
 import json
 import math
@@ -13,7 +13,7 @@ import sys
 
 import numpy as np
 import torch
-from figures import OUT, STAGE1, columns_of, curves, folder_of, judged, run, with_range
+from figures import MARKS, OUT, STAGE1, columns_of, curves, folder_of, judged, run, with_range
 from make_demo import (PROPERTIES, ROOT, Reader, draw, full_captions, obedience, parts, pooled, said_by,
                        text_model)
 from torchvision.utils import save_image
@@ -99,9 +99,10 @@ class Mean(Both):
 
 
 WAYS = {"tokens": DiT, "both": Both, "mean": Mean}  # how a caption enters
-TEXT_MARKS = (500, 1000, 2000, 3907)                # steps after which a text model is judged
+TEXT_RECIPE = "--text words --time uniform --shift-base 42.5"   # the shift that both latents like best
 TEXT_FLAGS = {  # one seed each: the follow-up's ablations
     "no shift": "--no-shift",
+    "half the shift": "--shift-base 170",
     "192 x 8, no head": "--depth 8 --head 0",
     "64 x 4 + head": "--width 64 --depth 4 --heads 4",
     "64 x 12, no head": "--width 64 --depth 12 --heads 4 --head 0",
@@ -116,7 +117,7 @@ def train_way(way, *command):
     train_dit.main()
 
 
-def text_runs(judge, name, autoencoder, seed, marks, way="tokens", flags="", decoders={}):
+def text_runs(judge, name, autoencoder, seed, marks, way="tokens", flags=(), decoders={}):
     """{step: score} of a text model, which is trained if it is not there; kept in its folder. decoders: others,
     by name, whose pictures are judged as well."""
     what = f"text, {name}, seed {seed}"
@@ -125,35 +126,37 @@ def text_runs(judge, name, autoencoder, seed, marks, way="tokens", flags="", dec
         model.__class__ = WAYS[way]
         return judge(model, rae) | {name: judge(model, load_rae(path)) for name, path in decoders.items()}
 
-    command = f"--text words --time uniform --epochs 5 --seed {seed} {flags}"
-    return judged(score, autoencoder, what, marks, *command.split(), script=("assets/captions.py", "way", way))
+    command = *f"{TEXT_RECIPE} --seed {seed}".split(), *flags
+    return judged(score, autoencoder, what, marks, *command, script=("assets/captions.py", "way", way))
 
 
-def text(num=500, seeds=3):
-    """Captions compared: each row is `train_dit.py --text words --time uniform --epochs 5`, one thing changed."""
+def text(num=200, seeds=3):
+    """Captions compared: each row is one thing changed in a text model of the quickstart's 1,954 steps."""
     curves()  # here, not after hours
     demo = ROOT / "assets/demo"
     vae = run("latents, tiny_vae", "train_decoder.py", "--encoder", "tiny_vae", "--save-every", "5000")
     judge = Obedience(num)
-    last = TEXT_MARKS[-1]
+    last = MARKS[-1]
 
     # RAE and VAE by steps; the first RAE also by decoders that were trained with noise, and without
     base = "train_decoder.py --encoder tiny --epochs 1 --lr 3e-3"
     decoders = {name: run(name, *base.split(), *STAGE1[name].split()) for name in ("tau 0", "tau 0.5")}
+    found = {"RAE": [], "VAE": []}
+    for seed in range(seeds):
+        found["RAE"].append(text_runs(judge, "RAE", demo, seed, MARKS, decoders={} if seed else decoders))
+        found["VAE"].append(text_runs(judge, "VAE", vae, seed, MARKS))
     print(OBEDIENCE)
-    found = {}
-    for name, autoencoder in (("RAE", demo), ("VAE", vae)):
-        found[name] = [text_runs(judge, name, autoencoder, seed, TEXT_MARKS,
-                                 decoders={} if seed or name == "VAE" else decoders) for seed in range(seeds)]
-        for step in TEXT_MARKS:
-            judge.table(f"{name}, {step:,} steps", [scores[step] for scores in found[name]])
+    for name, runs in found.items():
+        for step in MARKS:
+            judge.table(f"{name}, {step:,} steps", [scores[step] for scores in runs])
     for pairs in judge.captions:
-        ratios = [last / steps_to(vae[last][pairs][-1], rae, pairs) for rae, vae in zip(found["RAE"], found["VAE"])]
+        ratios = [last / steps_to(vae[last][pairs][-1], rae, pairs) for rae, vae in zip(*found.values())]
         print(f"RAE reaches the VAE's last share of captions obeyed in all, {pairs}, {with_range(ratios, '{:.2f}')}"
               " times sooner")
     for decoder in decoders:
-        for step in TEXT_MARKS:
+        for step in MARKS:
             judge.table(f"RAE, decoder with {decoder}, {step:,} steps", [found["RAE"][0][step][decoder]])
+    text_curves(found)
 
     # How a caption enters, and how far it is guided
     for way in WAYS:
@@ -161,15 +164,14 @@ def text(num=500, seeds=3):
         for seed in range(seeds):
             text_runs(judge, name, demo, seed, (last,), way)
         for scale in SCALES:
-            scores = [scaled(judge, name, way, seed, scale) for seed in range(seeds)]
-            judge.table(f"{way}, scale {scale}", scores)
+            judge.table(f"{way}, scale {scale}", [scaled(judge, name, way, seed, scale) for seed in range(seeds)])
+
+    little(judge, {"RAE": demo, "VAE": vae})
 
     # Shift and head
     for name, flags in TEXT_FLAGS.items():
-        scores = text_runs(judge, f"RAE, {name}", demo, 0, (last,), flags=flags)
+        scores = text_runs(judge, f"RAE, {name}", demo, 0, (last,), flags=flags.split())
         judge.table(name, [scores[last]])
-    text_curves(found)
-    little({"RAE": demo, "VAE": vae})
 
 
 def steps_to(share, scores, pairs):
@@ -193,10 +195,10 @@ def text_curves(found):
     """All six properties right against steps, of {latents: [scores of each seed]}."""
     figure, axes = curves().subplots(figsize=(4.6, 2.9), layout="constrained")
     for name, seeds in found.items():
-        values = torch.tensor([[scores[step]["never seen"][-1] for step in TEXT_MARKS] for scores in seeds])
-        axes.plot(TEXT_MARKS, values.mean(0), "o-", label=name)
-        axes.fill_between(TEXT_MARKS, values.amin(0), values.amax(0), alpha=0.25)
-    axes.set(xscale="log", xticks=TEXT_MARKS, xticklabels=TEXT_MARKS, xlabel="steps of 64",
+        values = torch.tensor([[scores[step]["never seen"][-1] for step in MARKS] for scores in seeds])
+        axes.plot(MARKS, values.mean(0), "o-", label=name)
+        axes.fill_between(MARKS, values.amin(0), values.amax(0), alpha=0.25)
+    axes.set(xscale="log", xticks=MARKS, xticklabels=MARKS, xlabel="steps of 64",
              title="captions obeyed in all, pairs never seen")
     axes.minorticks_off()
     axes.yaxis.set_major_formatter("{x:.0%}")
@@ -219,11 +221,10 @@ def few_drawings(count=200):
     return folder, len(chosen)
 
 
-def little(autoencoders):
+def little(judge, autoencoders):
     """A text model fine-tuned on 200 drawings, for up to 256 epochs: its loss on them, obedience to captions
     that it has not seen, FD of their pictures. The follow-up: the VAE's collapses after 64, RAE's does not."""
     folder, count = few_drawings()
-    judge = Obedience(500)
     data = Shapes(first=50_000, captioned=True)
     indices = torch.arange(50_000, 51_000)
     captions = data.caption(indices, indices)
@@ -241,7 +242,7 @@ def little(autoencoders):
         before = folder_of(f"text, {name}, seed 0")
         marks = [math.ceil(epochs * count / 64) for epochs in EPOCHS_OF_LITTLE]
         what = f"text, {name}, fine-tuned"
-        command = "--text words --time uniform --lr 1e-3 --warmup 1 --decay-start 256 --epochs 256 --log-every 10"
+        command = f"{TEXT_RECIPE} --lr 1e-3 --warmup 1 --decay-start 256 --epochs 256 --log-every 10"
         more = "--init", before, "--data", folder
         scores = judged(score, autoencoder, what, marks, *more, *command.split())
         steps, losses = columns_of([json.loads(line) for line in open(folder_of(what) / "log.jsonl")], 2)
@@ -266,18 +267,20 @@ OTHER_WORDS = {  # what is asked for: the same in the words of the training
 }
 
 
-def frozen(model_name, num=500):
-    """A frozen text model of `transformers` in place of `words`, by the bundled model's recipe otherwise."""
-    command = f"--text-length 32 --time uniform --epochs 5 --seed 1 --rae {ROOT / 'assets/demo'}"
-    folder = run("text, frozen", "train_dit.py", "--text", model_name, *command.split())
+def frozen(model_name, num=200):
+    """A frozen text model of `transformers` beside `words`, of the same seed and steps."""
+    demo = ROOT / "assets/demo"
     judge = Obedience(num)
+    words = text_runs(judge, "RAE", demo, 1, MARKS)
+    flags = "--text", model_name, "--text-length", "32"  # the last --text counts
+    others = text_runs(judge, "RAE, frozen", demo, 1, MARKS, flags=flags)
     print(OBEDIENCE)
-    for name, path in (("words", ROOT / "assets/demo/text.pt"), ("frozen", folder)):
-        model, rae, encode = text_model(path)
-        judge.table(name, [judge(model, rae)])
+    for name, scores in (("words", words), ("frozen", others)):
+        for step in MARKS:
+            judge.table(f"{name}, {step:,} steps", [scores[step]])
 
     # Words that no caption has: 50 pictures of each, read as what was meant
-    model, rae, encode = text_model(folder)
+    model, rae, encode = text_model(folder_of("text, RAE, frozen, seed 1"))
     y = encode([asked for asked in OTHER_WORDS for _ in range(50)])
     meant = said_by([caption for caption in OTHER_WORDS.values() for _ in range(50)])
     images = parts(lambda part, keys: draw(model, rae, part, keys, 25, scale=3.0), y, torch.arange(len(y)))
@@ -291,9 +294,9 @@ def frozen(model_name, num=500):
 
 
 def main():
-    what, *rest = sys.argv[1:] or [None]
-    if what == "way":
-        return train_way(*rest)
+    if sys.argv[1:2] == ["way"]:
+        return train_way(*sys.argv[2:])
+    what, *rest = [word for word in sys.argv[1:] if word != "--compile"] or [None]
     known = dict(prompts=prompts, text=text, frozen=frozen)
     if what not in known or len(rest) != (what == "frozen"):
         sys.exit(__doc__)

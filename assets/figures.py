@@ -11,7 +11,8 @@ one comparison on photographs.
     python assets/figures.py beyond        # x-prediction and base heads: trains 44 DiTs
 
 An ablation's rows are one command with one flag changed; its runs stay under out/ablations, so that a second
-start goes on. Pictures go to assets/ (curves need matplotlib).
+start goes on. Pictures go to assets/ (curves need matplotlib). Where there is a C++ compiler, `--compile` after the
+name makes training faster.
 """
 import json
 import math
@@ -77,7 +78,8 @@ def folder_of(name):
 
 def run(name, *command):
     """Train under out/ablations/NAME, unless that has been done; the folder."""
-    subprocess.run([sys.executable, *command, "--run", folder_of(name)], cwd=ROOT, check=True)
+    compiled = [word for word in sys.argv if word == "--compile"]
+    subprocess.run([sys.executable, *command, *compiled, "--run", folder_of(name)], cwd=ROOT, check=True)
     return folder_of(name)
 
 
@@ -651,7 +653,7 @@ def beyond_curves(plt, found, num):
 
 
 def main():
-    what, *rest = sys.argv[1:] or [None]
+    what, *rest = [word for word in sys.argv[1:] if word != "--compile"] or [None]
     known = dict(quickstart=quickstart, cifar10=cifar10, stage1=stage1, stage2=stage2, guidance=guidance,
                  latents=latents, photographs=photographs, beyond=beyond)
     if what not in known or len(rest) > (what == "photographs"):
