@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from rae import (ENCODERS, RAE, Folder, UserError, at_least, download, evenly, folders_in, in_order,
                  load_lpips, load_rae, load_strict, open_data, open_val, psnr, read_weights, say,
-                 splits, ssim, start)
+                 splits, ssim, start, writable)
 
 # Published weights, under the name that their makers gave them
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
@@ -406,7 +406,6 @@ def report(args, figures, n, judged, reference, stats, warnings):
     # Statistics, for the next time
     size = reference.size or judged.size
     if args.save_stats:
-        Path(args.save_stats).parent.mkdir(parents=True, exist_ok=True)
         np.savez(args.save_stats, mu=stats[0], sigma=stats[1], n=stats[2] or 0,
                  features=args.features, size=size or 0, source=reference.name or judged.name)
 
@@ -475,6 +474,8 @@ def main():
     torch.set_float32_matmul_precision("highest")  # a judge computes in fp32, not TF32
     torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)  # `random` weights: the same everywhere
+    if args.save_stats:
+        writable(args.save_stats)
     judge = judge_reconstructions if args.rae else judge_samples
     say(json.dumps(judge(args, device)))
 

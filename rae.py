@@ -23,6 +23,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import warnings
 import zipfile
@@ -1119,11 +1120,27 @@ def record(run, **values):
                   for key, value in values.items() if value is not None))
 
 
+def writable(path, picture=False):
+    """The path of a file to be written, tried now and not after the long work: its folder is made.
+    Errors: no file can be written there, or no picture of such a name."""
+    path = Path(path)
+    if picture and not is_image_file(str(path)):
+        raise UserError(f"{path} is no picture's name: end it in .png or .jpg")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): name another place") from None
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file in it")
+    return path
+
+
 def lock_run(run):
     """Make the run's folder, and keep other processes from training there until this one ends."""
     if dist.get_rank():
         return
-    Path(run).mkdir(parents=True, exist_ok=True)
+    writable(Path(run, ".lock"))
     lock_run.file = open(Path(run, ".lock"), "w")  # held open: closed, it would be free
     try:
         fcntl.lockf(lock_run.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1281,6 +1298,7 @@ def main():
     add("--out", default="reconstruction.png", help="the picture (default: %(default)s)")
     args = parser.parse_args()
     device, *_ = start()
+    writable(args.out, picture=True)
     run = args.run or newest_run("rae.pt")
     rae = load_rae(run, device)
 

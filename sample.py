@@ -22,7 +22,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from rae import (UserError, at_least, command, default_data, load_rae, locate, mix, newest_run,
-                 normals, refuse_changes, save_picture, say, start)
+                 normals, refuse_changes, save_picture, say, start, writable)
 from train_dit import conditional, euler, load_dit, load_text, null_of, sample_times
 
 
@@ -211,6 +211,7 @@ def columns_of(args, model, device):
 def main():
     args = parse_args()
     device, rank, world = start()
+    out = writable(args.npz or args.out or "samples.png", picture=not args.npz)
     model, rae, weak, scale = load(args, device)
 
     # A column and a key for every index, whichever rank draws it
@@ -235,12 +236,10 @@ def main():
         pixels.append(images.cpu())
 
     # Stretches meet on the disk, where rank 0 joins them
-    out = Path(args.npz or args.out or "samples.png")
     pid = torch.tensor(os.getpid())  # rank 0's: two commands may draw into one file
     dist.broadcast(pid, 0)
     parts = [Path(f"{out}.{int(pid)}.{r}.part.npy") for r in range(world)]
     whole = Path(f"{out}.{int(pid)}.part.npz")
-    out.parent.mkdir(parents=True, exist_ok=True)
     try:
         np.save(parts[rank], torch.cat(pixels).numpy())
         dist.barrier()

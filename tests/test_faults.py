@@ -2,6 +2,7 @@
 import importlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -16,7 +17,9 @@ from conftest import (DECODER, DIT, ENVIRONMENT, ROOT, children, command_line, i
                       signal_all, state)
 from PIL import Image
 
+import fid
 import rae
+import sample
 import train_decoder
 import train_dit
 from rae import Folder, UserError, save_checkpoint
@@ -185,9 +188,27 @@ def test_a_place_that_cannot_be_written_is_named_in_a_sentence(tmp_path):
     nowhere = tmp_path / "file" / "run"  # root may write anywhere but below a file
     with pytest.raises(UserError, match=f"{nowhere}.* could not be written .*make room"):
         save_checkpoint(nowhere / "x.pt", step=1)
-    for script, flags in (("train_decoder.py", (*DECODER, "--run", nowhere)), ("sample.py", ("--out", nowhere / "x.png"))):
-        text = launch(script, *flags, cwd=tmp_path, expect=1)
-        assert "NotADirectoryError" in text.splitlines()[-1] and str(nowhere.parent) in text
+    text = launch("train_decoder.py", *DECODER, "--run", nowhere, cwd=tmp_path, expect=1)
+    assert f"{nowhere}/.lock cannot be written (Not a directory): name another place" in text.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command, said", [
+    ("sample.py --out file/x.png", "file/x.png cannot be written"),
+    ("sample.py --npz file/x", "file/x.npz cannot be written"),
+    ("sample.py --npz folder", "folder.npz is a folder: name a file in it"),
+    ("sample.py --out x.foo", "x.foo is no picture's name: end it in .png or .jpg"),
+    ("rae.py image.png --out x", "x is no picture's name"),
+    ("rae.py image.png --out file/x.png", "file/x.png cannot be written"),
+    ("fid.py shapes/val --features tiny --save-stats file/x", "file/x.npz cannot be written"),
+])
+def test_a_place_that_cannot_be_written_is_refused_before_the_long_work(tmp_path, monkeypatch, command, said):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.npz").mkdir()
+    for module, work in ((sample, "load_dit"), (rae, "load_rae"), (fid, "feature_function")):
+        monkeypatch.setattr(module, work, lambda *args: pytest.fail("the work began"))
+    with pytest.raises(UserError, match=re.escape(said)):
+        inside(*command.split(), cwd=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.npz"]
 
 
 # Nonsense
