@@ -13,7 +13,7 @@ import sys
 
 import numpy as np
 import torch
-from figures import MARKS, OUT, STAGE1, columns_of, curves, folder_of, judged, run, with_range
+from figures import MARKS, OUT, STAGE1, columns_of, curves, folder_of, judged, run, sooner, with_range
 from make_demo import (PROPERTIES, ROOT, Reader, draw, full_captions, obedience, parts, pooled, said_by,
                        text_model)
 from torchvision.utils import save_image
@@ -150,9 +150,9 @@ def text(num=200, seeds=3):
         for step in MARKS:
             judge.table(f"{name}, {step:,} steps", [scores[step] for scores in runs])
     for pairs in judge.captions:
-        ratios = [last / steps_to(vae[last][pairs][-1], rae, pairs) for rae, vae in zip(*found.values())]
-        print(f"RAE reaches the VAE's last share of captions obeyed in all, {pairs}, {with_range(ratios, '{:.2f}')}"
-              " times sooner")
+        reached = [steps_to(vae[last][pairs][-1], rae, pairs) for rae, vae in zip(*found.values())]
+        print(f"RAE: {sooner(reached, last)} than the VAE the share of captions obeyed in all, {pairs}, that it has"
+              f" after {last:,} steps")
     for decoder in decoders:
         for step in MARKS:
             judge.table(f"RAE, decoder with {decoder}, {step:,} steps", [found["RAE"][0][step][decoder]])
@@ -175,7 +175,10 @@ def text(num=200, seeds=3):
 
 
 def steps_to(share, scores, pairs):
-    """The step at which a run obeyed this share, between two marks by a straight line in log steps."""
+    """The step at which a run obeyed this share, between two marks by a straight line in log steps; infinity if
+    it never did."""
+    if share > max(score[pairs][-1] for score in scores.values()):
+        return math.inf
     shares = np.maximum.accumulate([float(score[pairs][-1]) for score in scores.values()])
     return math.exp(np.interp(float(share), shares, [math.log(step) for step in scores]))
 

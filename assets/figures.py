@@ -322,7 +322,10 @@ def judged_on_shapes(judge, encoder, base, seed=0, marks=MARKS, flags=""):
 
 
 def steps_to(fd, scores):
-    """The step at which a run reached this FD, between two marks by a straight line in logarithms."""
+    """The step at which a run reached this FD, between two marks by a straight line in logarithms; infinity if
+    it never did."""
+    if fd < min(score["fd"] for score in scores.values()):
+        return math.inf
     log_fds = [-math.log(score["fd"]) for score in scores.values()]
     log_steps = [math.log(step) for step in scores]
     return math.exp(np.interp(-math.log(fd), log_fds, log_steps))
@@ -373,6 +376,14 @@ def row_of(found, step):
                       for key, form in (("recognised", "{:.1%}"), ("fd", "{:.0f}"), ("fd_tiny", "{:.2f}")))
 
 
+def sooner(reached, last):
+    """How many times before `last` something was reached, of each seed's step or infinity, in words."""
+    ratios = [last / step for step in reached if step < math.inf]
+    if not ratios:
+        return f"no seed of {len(reached)} reaches sooner"
+    return f"{len(ratios)} of {len(reached)} seeds reach {with_range(ratios, '{:.2f}')} times sooner"
+
+
 def compare(runs):
     """Table, speed-up, curve and samples of {latents: [scores of each seed]}."""
     print("| latents | steps | recognised | FD, classifier | FD, tiny |\n|---|---|---|---|---|")
@@ -382,9 +393,8 @@ def compare(runs):
     last = MARKS[-1]
     for fast in ("RAE", "tiny (saw labels)"):
         for slow in ("VAE", "pixels"):
-            ratios = [last / steps_to(other[last]["fd"], one) for one, other in zip(runs[fast], runs[slow])]
-            speed_up = with_range(ratios, "{:.2f}")
-            print(f"{fast}: speed-up to the FD of {slow} after {last:,} steps: {speed_up}")
+            reached = [steps_to(other[last]["fd"], one) for one, other in zip(runs[fast], runs[slow])]
+            print(f"{fast}: {sooner(reached, last)} than {slow} the FD that it has after {last:,} steps")
 
     # Quality against steps, a line for each latent, its seeds as a band
     figure, axes = curves().subplots(1, 2, figsize=(7, 2.8), layout="constrained")
