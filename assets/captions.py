@@ -274,9 +274,9 @@ def frozen(model_name, num=200):
     """A frozen text model of `transformers` beside `words`, of the same seed and steps."""
     demo = ROOT / "assets/demo"
     judge = Obedience(num)
-    words = text_runs(judge, "RAE", demo, 1, MARKS)
     flags = "--text", model_name, "--text-length", "32"  # the last --text counts
     others = text_runs(judge, "RAE, frozen", demo, 1, MARKS, flags=flags)
+    words = text_runs(judge, "RAE", demo, 1, MARKS)
     print(OBEDIENCE)
     for name, scores in (("words", words), ("frozen", others)):
         for step in MARKS:
