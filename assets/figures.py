@@ -5,7 +5,7 @@ one comparison on photographs.
     python assets/figures.py cifar10       # pictures of the README's CIFAR-10 run, after it
     python assets/figures.py stage1        # noise, GAN, learning rate, LPIPS: trains 8 decoders
     python assets/figures.py stage2        # width, head, shift: trains 9 DiTs; then tau, after stage1
-    python assets/figures.py latents       # RAE, VAE and pixels: one DiT^DH on each, by steps: trains 32 DiTs
+    python assets/figures.py latents       # RAE, VAE and pixels: one DiT^DH on each, by steps: trains 28 DiTs
     python assets/figures.py photographs [cifar10]   # the same three on CIFAR-10, in that folder
     python assets/figures.py guidance      # the bundled demo under guidance, and best of N
     python assets/figures.py beyond        # x-prediction and base heads: trains 44 DiTs
