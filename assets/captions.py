@@ -11,9 +11,8 @@ import json
 import math
 import sys
 
-import numpy as np
 import torch
-from figures import MARKS, OUT, STAGE1, columns_of, curves, folder_of, judged, run, sooner, with_range
+from figures import MARKS, OUT, STAGE1, columns_of, curves, folder_of, judged, run, sooner, steps_to, with_range
 from make_demo import (PROPERTIES, ROOT, Reader, draw, full_captions, obedience, parts, pooled, said_by,
                        text_model)
 from torchvision.utils import save_image
@@ -150,7 +149,9 @@ def text(num=200, seeds=3):
         for step in MARKS:
             judge.table(f"{name}, {step:,} steps", [scores[step] for scores in runs])
     for pairs in judge.captions:
-        reached = [steps_to(vae[last][pairs][-1], rae, pairs) for rae, vae in zip(*found.values())]
+        shares = [[{step: score[pairs][-1].item() for step, score in scores.items()} for scores in runs]
+                  for runs in found.values()]
+        reached = [steps_to(vae[last], rae) for rae, vae in zip(*shares)]
         print(f"RAE: {sooner(reached, last)} than the VAE the share of captions obeyed in all, {pairs}, that it has"
               f" after {last:,} steps")
     for decoder in decoders:
@@ -172,15 +173,6 @@ def text(num=200, seeds=3):
     for name, flags in TEXT_FLAGS.items():
         scores = text_runs(judge, f"RAE, {name}", demo, 0, (last,), flags=flags.split())
         judge.table(name, [scores[last]])
-
-
-def steps_to(share, scores, pairs):
-    """The step at which a run obeyed this share, between two marks by a straight line in log steps; infinity if
-    it never did."""
-    if share > max(score[pairs][-1] for score in scores.values()):
-        return math.inf
-    shares = np.maximum.accumulate([float(score[pairs][-1]) for score in scores.values()])
-    return math.exp(np.interp(float(share), shares, [math.log(step) for step in scores]))
 
 
 def scaled(judge, name, way, seed, scale):

@@ -321,14 +321,13 @@ def judged_on_shapes(judge, encoder, base, seed=0, marks=MARKS, flags=""):
     return judged(judge, autoencoder, what, marks, *command.split())
 
 
-def steps_to(fd, scores):
-    """The step at which a run reached this FD, between two marks by a straight line in logarithms; infinity if
-    it never did."""
-    if fd < min(score["fd"] for score in scores.values()):
+def steps_to(value, values):
+    """The step at which a run, {step: value, the higher the better}, reached this value, between two marks by a
+    straight line in log steps; infinity if it never did."""
+    if value > max(values.values()):
         return math.inf
-    log_fds = [-math.log(score["fd"]) for score in scores.values()]
-    log_steps = [math.log(step) for step in scores]
-    return math.exp(np.interp(-math.log(fd), log_fds, log_steps))
+    best = np.maximum.accumulate([*values.values()])  # so far
+    return math.exp(np.interp(value, best, [math.log(step) for step in values]))
 
 
 def latents(num=1000, seeds=3):
@@ -397,10 +396,15 @@ def compare(runs):
     for name, found in runs.items():
         for step in MARKS:
             print(f"| {name} | {step:,} | {row_of(found, step)} |")
+
+    def better(scores):
+        """FDs on a logarithmic scale, the higher the better."""
+        return {step: -math.log(score["fd"]) for step, score in scores.items()}
+
     last = MARKS[-1]
     for fast in ("RAE", "tiny (saw labels)"):
         for slow in ("VAE", "pixels"):
-            reached = [steps_to(other[last]["fd"], one) for one, other in zip(runs[fast], runs[slow])]
+            reached = [steps_to(better(other)[last], better(one)) for one, other in zip(runs[fast], runs[slow])]
             print(f"{fast}: {sooner(reached, last)} than {slow} the FD that it has after {last:,} steps")
 
     # Quality against steps, a line for each latent, its seeds as a band
