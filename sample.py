@@ -101,12 +101,12 @@ def pick_classes(names, classes):
 
 
 def lines_of(prompt):
-    """A prompt, or the captions of FILE.txt, one a line."""
+    """A prompt, or the captions of FILE.txt, one a line; an empty file is the empty caption."""
     if not prompt.endswith(".txt"):
         return [prompt]
     if not Path(prompt).is_file():
         raise UserError(f"--prompt {prompt}: no such file")
-    return Path(prompt).read_text("utf-8-sig").splitlines()
+    return Path(prompt).read_text("utf-8-sig", "replace").splitlines() or [""]
 
 
 def parse_args(argv=None):

@@ -624,6 +624,7 @@ MUTANTS = [
      'out = Path(args.npz or args.out or "samples.png")', FAULTS + " -k before_the_long_work"),
     ("sample.py", "picture=not args.npz)", "picture=False)", FAULTS + " -k before_the_long_work"),
     ("fid.py", "        writable(args.save_stats)", "        pass", FAULTS + " -k before_the_long_work"),
+    ("sample.py", ' or [""]', "", TEXT + " -k empty_prompt_file"),
     ("sample.py", "sum(map(lines_of, args.prompt or []), [])", "args.prompt", TEXT + " -k prompts_are_columns"),
     ("sample.py", "names=names if model.text else [*model.classes, \"no class\"])", "names=names)",
      SAMPLE + " -k labels_are_indices"),

@@ -14,7 +14,7 @@ from PIL import Image
 
 from assets.shapes import Shapes
 from rae import Folder, UserError, load_rae, mix, normals, open_data, open_val, shuffled
-from sample import guided
+from sample import guided, lines_of
 from train_dit import (DiT, FrozenText, Words, flow_matching_loss, load_dit, null_of, open_captions)
 
 CPU = torch.device("cpu")
@@ -427,6 +427,14 @@ def test_prompts_are_columns_and_rows_of_a_file(trained, tmp_path):
            "--num", 7, "--batch", 2, cwd=tmp_path)
     with np.load(tmp_path / "t.npz") as archive:
         assert np.abs(archive["arr_0"].astype(int) - pixels).max() <= 1
+
+
+def test_an_empty_prompt_file_is_the_empty_caption(tmp_path):
+    file = tmp_path / "prompts.txt"
+    for written, lines in ((b"", [""]), (b"\xef\xbb\xbfa ring\n\na star", ["a ring", "", "a star"]), (b"caf\xe9", ["caf\ufffd"])):
+        file.write_bytes(written)
+        assert lines_of(str(file)) == lines
+    assert lines_of("") == [""]
 
 
 def test_guidance_leaves_the_empty_prompt_where_it_is(trained, tmp_path):
