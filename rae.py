@@ -608,7 +608,7 @@ class Folder(Dataset):
             kind = Path(name).suffix.lower()
             if label is None:
                 left_out["beside class folders"].append(file)
-            elif is_image_file(name) and captioned and not Path(file).with_suffix(".txt").exists():
+            elif is_image_file(name) and captioned and not Path(file).with_suffix(".txt").is_file():
                 left_out["images without a text"].append(file)
             elif is_image_file(name):
                 self.samples.append((file, label))

@@ -121,9 +121,11 @@ def test_a_picture_has_the_text_beside_it_at_any_depth(tmp_path, capsys):
     photograph(tmp_path / "deep/c.jpg", b"")
     photograph(tmp_path / "deep/d.jpg", b"caf\xe9")                           # no UTF-8
     photograph(tmp_path / "none.jpg")
+    photograph(tmp_path / "odd.jpg")
+    (tmp_path / "odd.txt").mkdir()
     photograph(tmp_path / ".hidden/e.jpg", b"no data")
     data = Folder(tmp_path, 32, captioned=True)
-    assert f"1 images without a text (such as {tmp_path}/none.jpg)" in capsys.readouterr().out
+    assert f"2 images without a text (such as {tmp_path}/none.jpg)" in capsys.readouterr().out
     texts = {Path(path).name: {data[i, key][1] for key in range(40)} for i, (path, _) in enumerate(data.samples)}
     assert texts == {"a.jpg": {"a bird", "two lines"}, "b.v2.png": {"gr\u00fcn"}, "c.jpg": {""}, "d.jpg": {"caf\ufffd"}}
     assert data[0, 7][1] == data[0, 7][1]
