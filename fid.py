@@ -325,7 +325,7 @@ def judge_samples(args, device):
             rows = per_image(generated.images, measure, args.batch, device, args.num)
             fake, logits = rows.tensor_split([args.dim], 1)
         if reference.images is not None:
-            real = per_image(reference.images, measure, args.batch, device)[:, :args.dim]
+            real = per_image(reference.images, lambda x: measure(x)[:, :args.dim], args.batch, device)
     if dist.get_rank():
         return None  # one rank reports
 

@@ -552,10 +552,14 @@ def walk(path):
     seen = set()
     for folder, folders, names in os.walk(path, followlinks=True):
         place = os.path.realpath(folder)
-        folders[:] = sorted(filter(visible, folders)) if place not in seen else []
-        for name in sorted(filter(visible, names)) if place not in seen else []:
-            yield os.path.relpath(folder, path).removeprefix("."), name
+        if place in seen:
+            folders.clear()
+            continue
         seen.add(place)
+        folders[:] = sorted(filter(visible, folders))
+        below = os.path.relpath(folder, path).removeprefix(".")
+        for name in sorted(filter(visible, names)):
+            yield below, name
 
 
 def folders_in(path):
@@ -1023,6 +1027,14 @@ def say_cost(what, build, *inputs):
         memory += f", about {kept / 2 ** 30:.2g} GiB for the backward pass of {images} images in bf16"
     say(f"{what} of {size / 1e6:.1f} M parameters, {flops / images / 1e9:.3g} GFLOPs an image; {memory}")
     return flops / images
+
+
+def warn_of_average(decay, steps):
+    """Samples and reconstructions use the average of the weights: a short run may hardly move it."""
+    share = decay ** steps
+    if share > 0.05:
+        say(f"WARNING: after {steps} steps {share:.0%} of the average of the weights is still what it"
+            " began with: lower --ema, or train for longer")
 
 
 def remember(history, **values):

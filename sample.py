@@ -246,7 +246,8 @@ def main():
         if rank == 0:
             array = np.concatenate([np.load(part) for part in parts])  # (num, H, W, 3)
             if args.npz:
-                labels = columns if model.text else y[columns]  # indices into the names
+                classes = model.classes and not model.text
+                labels = y[columns] if classes else columns  # indices into the names
                 np.savez(whole, arr_0=array, labels=labels.numpy(),
                          names=names if model.text else [*model.classes, "no class"])
                 os.replace(whole, out)  # at once, or not at all
@@ -269,6 +270,7 @@ def next_step(args, rae):
         return command("fid.py", args.npz, "REFERENCE")
     if args.run or list(Path("out").glob("*/dit.pt")):
         run = ("--run", args.run) if args.run else ()
+        run += ("--prompt", *args.prompt) if args.prompt else ()
         return command("sample.py", *run, "--npz", "samples.npz", "--num", "1000")
     if args.prompt:
         return command("train_dit.py", "--rae", "assets/demo", "--run", "out/text", "--text", "words",

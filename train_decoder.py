@@ -32,7 +32,7 @@ from rae import (DECODERS, ENCODERS, RAE, HelpFormatter, UserError, absolute_pat
                  load_lpips, load_rae, load_strict, lock_run, mean_over_ranks, micro_batch, mix,
                  normals, open_data, open_val, psnr, record, remember, restore, resume,
                  save_checkpoint, save_picture, say, say_cost, shuffled, speed, ssim, start,
-                 stop_signal, try_to_read)
+                 stop_signal, try_to_read, warn_of_average)
 
 
 # Latent statistics and noise
@@ -428,6 +428,8 @@ def main():
         return say(f"wrote {run}/rae.pt, pixels need no decoder."
                    f" Next: {command('train_dit.py', '--run', run)}")
 
+    if not args.init:
+        warn_of_average(args.ema, total)
     parts, ema = trained_parts(args, decoder, disc, disc and step > disc_begin, saved)
     if not saved:
         save(run / "rae.pt", step=step, **parts)  # the statistics, which take long

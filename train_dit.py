@@ -31,7 +31,7 @@ from rae import (ROOT, HelpFormatter, UserError, absolute_path, any_rank, apply_
                  locate, lock_run, mean_over_ranks, micro_batch, mix, newest_run, normals,
                  open_data, open_val, read_weights, record, refuse_changes, remember, restore,
                  resume, save_checkpoint, save_picture, say, say_cost, shuffled, sincos_2d, speed,
-                 start, stop_signal, try_to_read)
+                 start, stop_signal, try_to_read, warn_of_average)
 
 SIZES = {            # width: depth, heads
     192:  (4, 6),    # for the encoder `tiny`
@@ -89,6 +89,7 @@ class FrozenText:
         weights = sum(p.double().abs().sum() for p in model.parameters())  # a fingerprint
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.model = model.eval().requires_grad_(False).to(device, dtype)
+        name = absolute_path(name) if Path(name).is_dir() else name  # a folder, or the hub's
         self.source = dict(model=name, length=length, weights=f"{weights:.8g}")
         self.config = dict(dim=model.config.hidden_size)  # for DiT
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
@@ -110,7 +111,7 @@ def null_of(model, y):
     """The null class or the empty caption, repeated to the shape of y."""
     if y.ndim == 1:
         return torch.full_like(y, model.num_classes)
-    null = model.empty_caption.to(y)  # (1, l) or (1, l, E)
+    null = model.empty_caption  # (1, l) or (1, l, E)
     pad = y.new_full((1, y.shape[1] - null.shape[1], *y.shape[2:]), -1 if y.ndim == 2 else 0)
     return torch.cat([null, pad], 1).expand_as(y)
 
@@ -405,7 +406,8 @@ def euler(velocity, z, times):
 def conditional(model, y, *base):
     """velocity(z, t) of a model for labels y (B,), unguided; base: as forward takes it."""
     def velocity(z, t):
-        return model(z, t.to(z.device, z.dtype).expand(len(z)), y, *base)
+        times = t.to(z.device, z.dtype, non_blocking=True).expand(len(z))
+        return model(z, times, y, *base)
     return velocity
 
 
@@ -446,7 +448,7 @@ def load_text(model, device):
     else:
         text = FrozenText(source["model"], source["length"], device)
     refuse_changes("the text model is not that of the training", source, text.source, "bring it back")
-    model.empty_caption = text([""])
+    model.empty_caption = text([""]).to(device)
     return text
 
 
@@ -634,8 +636,8 @@ def open_sets(args, rae, rae_path):
     return data, dataset, held_out
 
 
-def open_captions(args, dataset, device):
-    """(text model, ten captions for pictures); of a class model (None, [])."""
+def open_captions(args, dataset, held_out, device):
+    """(text model, ten captions for pictures); of a class model (None, []). Errors: unknown words."""
     if not args.text:
         return None, []
     examples = [dataset[index, index][1] for index in evenly(len(dataset), 10)]
@@ -643,9 +645,11 @@ def open_captions(args, dataset, device):
         return FrozenText(args.text, args.text_length, device), examples
     # The words of the model that --init names, else of all captions
     known = load_dit(args.init).captions.get("vocabulary") if args.init else None
-    lines = (line for index in range(len(dataset)) for line in dataset.captions(index))
-    vocabulary = known or sorted({word for line in lines for word in Words.split(line)})
-    return Words(vocabulary, args.text_length), examples
+    words = [{word for index in range(len(images)) for line in images.captions(index)
+              for word in Words.split(line)} for images in (dataset, held_out) if images]
+    text = Words(known or sorted(words[0]), args.text_length)
+    text([*set.union(*words)])  # refuses an unknown word now, and not at a later step
+    return text, examples
 
 
 def warn_if_narrow(config):
@@ -685,7 +689,7 @@ def main():
     unconditional = args.label_dropout == 1  # no label is ever seen
     alpha = 1 if args.no_shift else shift_alpha(rae.num_tokens, rae.token_dim, args.shift_base)
     data, dataset, held_out = open_sets(args, rae, rae_path)
-    text, examples = open_captions(args, dataset, device)
+    text, examples = open_captions(args, dataset, held_out, device)
     epoch = len(dataset) / args.batch  # steps of an epoch, a fraction
     total = min(math.ceil(args.epochs * epoch), args.steps or math.inf)
     micro, accum = micro_batch(args.batch, args.micro, world)
@@ -705,11 +709,13 @@ def main():
         return say(f"{run}/dit.pt is at step {step} of {total}: finished; --epochs, --steps extend it")
     try_to_read(dataset, held_out, workers=args.workers)
     warn_if_narrow(config)
+    if not args.init:
+        warn_of_average(args.ema, total)
 
     # The model, the average of its weights, the optimiser: new, or as an earlier start left them
     torch.manual_seed(args.seed)  # of the weights
     model = DiT(**config).to(device)
-    model.empty_caption = text([""]) if text else None  # label dropout needs it
+    model.empty_caption = text([""]).to(device) if text else None  # label dropout needs it
     if args.init and not saved:
         load_strict(model, initial_weights(args, model), f"--init {args.init}")
     ema = ModelEmaV3(model, decay=args.ema)
@@ -728,6 +734,7 @@ def main():
     # What the pictures' columns show: the examples, or ten classes far apart
     classes = len(dataset.classes)
     columns = text(examples) if text else torch.arange(10) * max(1, classes // 10) % classes
+    columns = columns.to(device)
     columns = null_of(model, columns) if unconditional else columns
 
     # Arithmetic, ranks, the order of the images
@@ -735,7 +742,7 @@ def main():
     if args.compile:
         compile_blocks(model.blocks, device)
     x_t = torch.zeros(micro, rae.num_tokens, rae.token_dim, device=device)
-    y = columns[:1].expand(micro, *columns.shape[1:]).to(device)
+    y = columns[:1].expand(micro, *columns.shape[1:])
     inputs = x_t, torch.zeros(micro, device=device), y, args.base_head > 0
     flops = say_cost(f"{run}: DiT", lambda: DiT(**config), *inputs)
     what = f"captions by {args.text}, images not mirrored" if text else f"{len(dataset.classes)} classes"

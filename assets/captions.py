@@ -267,7 +267,8 @@ def frozen(model_name, num=200):
     demo = ROOT / "assets/demo"
     judge = Obedience(num)
     flags = "--text", model_name, "--text-length", "32"  # the last --text counts
-    others = text_runs(judge, "RAE, frozen", demo, 1, MARKS, flags=flags)
+    what = f"RAE, {model_name}"
+    others = text_runs(judge, what, demo, 1, MARKS, flags=flags)
     words = text_runs(judge, "RAE", demo, 1, MARKS)
     print(OBEDIENCE)
     for name, scores in (("words", words), ("frozen", others)):
@@ -275,7 +276,7 @@ def frozen(model_name, num=200):
             judge.table(f"{name}, {step:,} steps", [scores[step]])
 
     # Words that no caption has: 50 pictures of each, read as what was meant
-    model, rae, encode = text_model(folder_of("text, RAE, frozen, seed 1"))
+    model, rae, encode = text_model(folder_of(f"text, {what}, seed 1"))
     y = encode([asked for asked in OTHER_WORDS for _ in range(50)])
     meant = said_by([caption for caption in OTHER_WORDS.values() for _ in range(50)])
     images = parts(lambda part, keys: draw(model, rae, part, keys, 25, scale=3.0), y, torch.arange(len(y)))

@@ -10,7 +10,7 @@ one comparison on photographs.
     python assets/figures.py guidance      # the bundled demo under guidance, and best of N
     python assets/figures.py beyond        # x-prediction and base heads: trains 44 DiTs
 
-An ablation's rows are one command with one flag changed; its runs stay under out/ablations, so that a second
+An ablation's rows are one command with one thing changed; its runs stay under out/ablations, so that a second
 start goes on. Pictures go to assets/ (curves need matplotlib). Where there is a C++ compiler, `--compile` after the
 name makes training faster.
 """
@@ -210,7 +210,7 @@ def stage2(num=1000):
         size = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"| {name} | {size:.1f} M | {score.row(found)}", flush=True)
 
-    # Does a decoder that was trained with noise forgive the DiT more?
+    # Does a decoder that was trained with noise make better pictures of a DiT's latents?
     recipe = runs[list(STAGE2)[0]]
     for what, dit in (("recipe", recipe), ("weak", ROOT / "assets/demo/weak.pt")):
         for name in list(STAGE1)[:4]:

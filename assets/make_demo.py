@@ -1,5 +1,5 @@
-"""Makes the bundled demo from nothing, and judges it: `tiny`, its decoder, a DiT^DH and a weak one; and two
-encoders that see no label, `tiny_ssl` and the baseline `tiny_vae`.
+"""Makes the bundled demo from nothing, and judges it: `tiny`, its decoder, a DiT^DH, a weak one and one for text;
+and two encoders that see no label, `tiny_ssl` and the baseline `tiny_vae`.
 
     python assets/make_demo.py                      # everything, 110 minutes of one core
     python assets/make_demo.py --only tiny_ssl      # one encoder
@@ -467,7 +467,7 @@ def main():
         judge = check_text if load_dit(ROOT / args.check).text else check
         return judge(args.check, args.num)
 
-    # The encoders; a decoder of `tiny`, and two DiTs on its latents, by the commands that a user has
+    # The encoders; a decoder of `tiny`, and three DiTs on its latents, by the commands that a user has
     for name in [args.only] if args.only else PRETRAINED:
         torch.manual_seed(0)
         bundle(PRETRAINED[name](), name)

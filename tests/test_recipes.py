@@ -10,7 +10,7 @@ import sample
 import train_decoder
 import train_dit
 from assets import release
-from rae import DECODERS, ENCODERS, RAE, STOPS, UserError, default_data
+from rae import DECODERS, ENCODERS, RAE, STOPS, UserError, default_data, warn_of_average
 from train_decoder import Discriminator, cosine_lr
 from train_dit import SIZES, DiT, linear_lr
 
@@ -96,6 +96,16 @@ def test_the_released_files_have_the_hubs_names():
         "imagenet256_ep80": ("dinov2_b", "ImageNet256/DiTDH-XL_ep80", None, 1.0)}
     assert fid.WEIGHTS == "pt_inception-2015-12-05-6726825d.pth" and fid.URL.endswith(f"fid_weights/{fid.WEIGHTS}")
     assert train_decoder.NOISES == (0, 0.1, 0.2, 0.4) and train_dit.LEAST_T == 0.05
+
+
+def test_a_short_run_is_warned_that_its_average_has_hardly_moved(capsys):
+    for decay, steps in ((0.99, 1954), (0.9995, 5992), (0.9978, 1361)):       # .05 after 5,990 and 1,360
+        warn_of_average(decay, steps)
+    assert not capsys.readouterr().out
+    warn_of_average(0.9995, 1563)                                             # 80 epochs of 5,000 photographs
+    assert "after 1563 steps 46% of the average of the weights is still what it began with: lower --ema" in capsys.readouterr().out
+    warn_of_average(0.9978, 1350)
+    assert " 5% of the average" in capsys.readouterr().out
 
 
 def test_the_schedules_are_the_papers():

@@ -256,6 +256,11 @@ def test_labels_are_indices_into_the_names(made, tmp_path, monkeypatch):
     run(monkeypatch, folder, "--npz", tmp_path / "s.npz", "--num", 4, "--steps", 1, "--classes", "cat", 0)
     with np.load(tmp_path / "s.npz") as archive:
         assert archive["names"][archive["labels"]].tolist() == ["cat", first] * 2
+    state = torch.load(folder / "dit.pt", weights_only=True)
+    torch.save(dict(state, classes=[], rae=str(folder / "rae.pt")), tmp_path / "dit.pt")
+    run(monkeypatch, tmp_path, "--npz", tmp_path / "s.npz", "--num", 2, "--steps", 1)
+    with np.load(tmp_path / "s.npz") as archive:
+        assert archive["names"][archive["labels"]].tolist() == ["no class"] * 2
 
 
 @pytest.mark.parametrize("guide", ["the null class", "a weak model", "its base head"])

@@ -328,8 +328,10 @@ def test_the_next_command_names_the_run(tmp_path, photos):
     run = ("--run", "mine/one")
     text = inside("train_decoder.py", *DECODER, *run, "--data", photos, "--steps", 1, cwd=tmp_path)
     assert text.splitlines()[-1].endswith("Next: python train_dit.py --run mine/one")
+    assert "after 1 steps 99% of the average of the weights is still what it began with" in text
     text = inside("train_dit.py", *DIT, *run, "--steps", 1, cwd=tmp_path)
     assert text.splitlines()[-1].endswith("Next: python sample.py --run mine/one")
+    assert "after 1 steps 99% of the average of the weights is still what it began with" in text
     text = inside("sample.py", *run, "--steps", 2, "--num", 4, cwd=tmp_path)
     assert re.search("Next: python sample.py --run mine/one --npz .*", text.splitlines()[-1])
     image = next(photos.glob("*/*.png"))

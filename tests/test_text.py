@@ -129,7 +129,7 @@ def test_a_picture_has_the_text_beside_it_at_any_depth(tmp_path, capsys):
     texts = {Path(path).name: {data[i, key][1] for key in range(40)} for i, (path, _) in enumerate(data.samples)}
     assert texts == {"a.jpg": {"a bird", "two lines"}, "b.v2.png": {"gr\u00fcn"}, "c.jpg": {""}, "d.jpg": {"caf\ufffd"}}
     assert data[0, 7][1] == data[0, 7][1]
-    text, _ = open_captions(type("", (), dict(text="words", text_length=8, init=None)), data, CPU)
+    text, _ = open_captions(type("", (), dict(text="words", text_length=8, init=None)), data, None, CPU)
     assert text.source["vocabulary"] == ["a", "bird", "caf", "gr\u00fcn", "lines", "two"]
 
 
@@ -393,6 +393,7 @@ def test_folders_of_photographs_with_texts_are_trained_on_and_prompted(tmp_path)
         inside("train_dit.py", *flags, "--steps", 3, cwd=tmp_path)
     with pytest.raises(UserError, match="does not know another, word"):       # to be fine-tuned on
         inside("train_dit.py", *flags[:-1], "new", "--init", "run", "--steps", 3, cwd=tmp_path)
+    assert not (tmp_path / "new/log.jsonl").exists()                          # before the first step
     more.write_text("number 1")
     assert "wrote" in inside("train_dit.py", *flags[:-1], "new", "--init", "run", "--steps", 1, cwd=tmp_path)
     assert load(tmp_path / "new/dit.pt")["captions"]["vocabulary"] == captions["vocabulary"]
@@ -406,6 +407,10 @@ def test_held_out_captions_may_come_from_elsewhere(tmp_path):
     text = inside("train_dit.py", *DIT, "--rae", RAE, "--text", "words", "--run", "run", "--val", "val", "--eval-every", 1,
                   "--steps", 1, cwd=tmp_path)
     assert "n 4  fd " in text
+    (tmp_path / "val/3.txt").write_text("a zebra")                            # refused now, not at step 9
+    with pytest.raises(UserError, match="does not know zebra"):
+        inside("train_dit.py", *DIT, "--rae", RAE, "--text", "words", "--run", "other", "--val", "val", "--eval-every", 9,
+               "--steps", 1, cwd=tmp_path)
 
 
 def test_a_model_that_saw_no_caption_is_not_guided(tmp_path):
@@ -474,7 +479,8 @@ def test_a_prompt_takes_the_newest_run_with_captions_else_the_demo(trained, tmp_
         shutil.copy(source / "dit.pt", tmp_path / "out" / name)
     saved = load(RAE / "dit.pt")
     torch.save(saved | dict(rae=str(RAE / "rae.pt")), tmp_path / "out/classes/dit.pt")
-    assert "out/text/dit.pt after 6" in inside("sample.py", "--prompt", "a ring", "--steps", 2, cwd=tmp_path)
+    text = inside("sample.py", "--prompt", "a ring", "--steps", 2, cwd=tmp_path)
+    assert "out/text/dit.pt after 6" in text and "Next: python sample.py --prompt 'a ring' --npz samples.npz" in text
     assert "out/classes" in inside("sample.py", "--num", 2, "--steps", 2, cwd=tmp_path)
 
 
@@ -513,10 +519,12 @@ def test_a_frozen_models_states_are_zero_where_padded(tmp_path):
 
 def test_a_dit_learns_from_a_frozen_model_and_keeps_to_it(tmp_path):
     bert = frozen(tmp_path / "bert")
-    flags = (*DIT, "--rae", RAE, "--text", bert, "--run", "run")
+    flags = (*DIT, "--rae", RAE, "--text", "bert", "--run", "run")
     inside("train_dit.py", *flags, "--steps", 2, cwd=tmp_path)
     assert load_dit(tmp_path / "run").text == dict(dim=24)
-    assert "wrote" in inside("sample.py", "--run", "run", "--prompt", "a ring", "whatever", "--steps", 2, "--num", 2, cwd=tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    assert "wrote" in inside("sample.py", "--run", "../run", "--prompt", "a ring", "whatever", "--steps", 2, "--num", 2,
+                             cwd=tmp_path / "elsewhere")
     frozen(bert, seed=1)                                                      # other weights under the same name
     with pytest.raises(UserError, match="captions was"):
         inside("train_dit.py", *flags, "--steps", 3, cwd=tmp_path)
