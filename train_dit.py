@@ -71,40 +71,12 @@ class Words:
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
 
 
-class FrozenText:
-    """Captions -> last hidden states (B,L,E) of a pretrained text model, zeros where padded; name: a
-    model of the Hugging Face hub, or its folder. Errors: no transformers, no such model."""
-    def __init__(self, name, length, device):
-        try:
-            from transformers import AutoModel, AutoTokenizer  # wanted here alone
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModel.from_pretrained(name)
-        except Exception as error:  # not installed, no network, no such model: each has its own kind
-            said = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise UserError(f"--text {name}: no text model of the hub or folder ({said:.120}): pip install"
-                            " transformers, name the folder of a model that was brought, or take"
-                            " --text words") from None
-        model = model.get_encoder() if model.config.is_encoder_decoder else model
-        model = getattr(model, "text_model", model)  # CLIP has an image model, too
-        weights = sum(p.double().abs().sum() for p in model.parameters())  # a fingerprint
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.model = model.eval().requires_grad_(False).to(device, dtype)
-        name = absolute_path(name) if Path(name).is_dir() else name  # a folder, or the hub's
-        self.source = dict(model=name, length=length, weights=f"{weights:.8g}")
-        self.config = dict(dim=model.config.hidden_size)  # for DiT
-        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-
-    @torch.no_grad()
-    def __call__(self, captions):
-        length = self.source["length"]
-        empty = self.tokenizer.eos_token or ""  # some tokenizers make no token of an empty caption
-        captions = [caption.strip() or empty for caption in captions]
-        if max(map(len, self.tokenizer(captions).input_ids)) > length:
-            warnings.warn(f"captions of more than {length} tokens are cut: see --text-length")
-        tokens = self.tokenizer(captions, padding=True, truncation=True, max_length=length,
-                                return_tensors="pt").to(self.model.device)
-        states = self.model(**tokens).last_hidden_state.float()  # (B, L, E)
-        return states * tokens.attention_mask[..., None]
+def text_encoder(source, device):
+    """What encodes captions: `words`, or a frozen text model; source: as dit.pt keeps it."""
+    if source["model"] == "words":
+        return Words(source["vocabulary"], source["length"])
+    from assets.frozen_text import FrozenText
+    return FrozenText(source["model"], source["length"], device)
 
 
 def null_of(model, y):
@@ -442,12 +414,9 @@ def load_dit(path_or_name, device="cpu"):
 def load_text(model, device):
     """What encoded the captions of a DiT's training; sets the model's empty caption, for guidance.
     Errors: the text model is not there, or is another now."""
-    source = model.captions
-    if source["model"] == "words":
-        text = Words(source["vocabulary"], source["length"])
-    else:
-        text = FrozenText(source["model"], source["length"], device)
-    refuse_changes("the text model is not that of the training", source, text.source, "bring it back")
+    text = text_encoder(model.captions, device)
+    refuse_changes("the text model is not that of the training", model.captions, text.source,
+                   "bring it back")
     model.empty_caption = text([""]).to(device)
     return text
 
@@ -642,7 +611,7 @@ def open_captions(args, dataset, held_out, device):
         return None, []
     examples = [dataset[index, index][1] for index in evenly(len(dataset), 10)]
     if args.text != "words":
-        return FrozenText(args.text, args.text_length, device), examples
+        return text_encoder(dict(model=args.text, length=args.text_length), device), examples
     # The words of the model that --init names, else of all captions
     known = load_dit(args.init).captions.get("vocabulary") if args.init else None
     words = [{word for index in range(len(images)) for line in images.captions(index)

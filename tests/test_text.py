@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from conftest import DIT, ROOT, inside, launch, load, losses
 from PIL import Image
 
+from assets.frozen_text import FrozenText
 from assets.shapes import Shapes
 from rae import Folder, UserError, load_rae, mix, normals, open_data, open_val, shuffled
 from sample import guided, lines_of
-from train_dit import (DiT, FrozenText, Words, flow_matching_loss, load_dit, null_of, open_captions)
+from train_dit import DiT, Words, flow_matching_loss, load_dit, null_of, open_captions
 
 CPU = torch.device("cpu")
 RAE = ROOT / "assets/demo"
