@@ -617,7 +617,7 @@ def open_captions(args, dataset, held_out, device):
     words = [{word for index in range(len(images)) for line in images.captions(index)
               for word in Words.split(line)} for images in (dataset, held_out) if images]
     text = Words(known or sorted(words[0]), args.text_length)
-    text([*set.union(*words)])  # refuses an unknown word now, and not at a later step
+    text(["", *set.union(*words)])  # refuses an unknown word now, and not at a later step
     return text, examples
 
 

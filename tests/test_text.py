@@ -144,9 +144,10 @@ def test_the_text_wins_over_class_folders_and_train_and_val_may_be_flat(tmp_path
     assert {train[i, 0][1] for i in range(len(train))} == {"train", "a cat"} and val[0, 0][1] == "val" and len(val) == 1
 
 
-def test_three_photographs_are_enough_to_draw_examples(tmp_path):
+@pytest.mark.parametrize("text", [b"a photograph", b""])
+def test_three_photographs_are_enough_to_draw_examples(tmp_path, text):
     for i in range(3):
-        photograph(tmp_path / f"data/{i}.jpg", b"a photograph")
+        photograph(tmp_path / f"data/{i}.jpg", text)
     flags = ("--rae", RAE, "--data", "data", "--text", "words", "--run", "run", "--batch", 2, "--steps", 1)
     inside("train_dit.py", *DIT, *flags, cwd=tmp_path)
     assert Image.open(next((tmp_path / "run/samples").glob("*.png"))).width == 3 * 98 + 2
